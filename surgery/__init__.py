@@ -1,0 +1,42 @@
+"""Declarative model surgery: YAML edits streamed over safetensors checkpoints.
+
+spec = surgery.load("qlora.yaml", model="./llama")   # Spec
+plan = surgery.plan(spec)                            # Plan; headers only
+print(plan)                                          # what `surgery plan` prints
+manifest = surgery.apply(plan, "out", memory="2GiB") # Manifest
+surgery.verify("out")
+"""
+
+from surgery import view as _view
+from surgery.api import apply, inspect, load, ops, plan, schema, validate, verify
+from surgery.errors import (
+    CheckpointError,
+    ConservationError,
+    OpError,
+    OutputError,
+    Problem,
+    SpecError,
+    SurgeryError,
+    VerifyError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConservationError",
+    "OpError",
+    "OutputError",
+    "Problem",
+    "SpecError",
+    "SurgeryError",
+    "VerifyError",
+    "apply",
+    "inspect",
+    "load",
+    "ops",
+    "plan",
+    "schema",
+    "validate",
+    "verify",
+]
+
+_view.register()

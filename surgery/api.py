@@ -1,0 +1,180 @@
+"""The verbs: `load`, `plan`, `apply`, `verify`, and what each command of the command line calls."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint import open_checkpoint
+from surgery.cost import DEFAULT_MEMORY
+from surgery.errors import OutputError, Problem, SpecError, SurgeryError, VerifyError
+from surgery.inspection import Inspection, inspect_checkpoint
+from surgery.op import find_op, op_names, options_of
+from surgery.plan import Plan, make_plan
+from surgery.sizes import parse_size
+from surgery.spec import Spec, load_spec, spec_schema
+
+if TYPE_CHECKING:
+    from surgery.manifest import Manifest
+    from surgery.stream import Resources
+    from surgery.write import ProgressReport
+
+__all__ = ["apply", "inspect", "load", "ops", "plan", "schema", "validate", "verify"]
+
+Setting = str | int | float | bool | None
+
+
+def load(spec: str | Path | Mapping[str, object], **params: Setting) -> Spec:
+    """Read and check a spec.
+
+    `spec` is a YAML file, the name of a recipe that comes with surgery (`nf4`), or the same as plain
+    data; `params` override its parameters. Raises SpecError with every problem found, each with its line.
+    """
+    return load_spec(spec, params)
+
+
+def validate(specs: Iterable[str | Path], **params: Setting) -> list[Spec]:
+    """Check several specs without opening any source. Raises SpecError with the problems of all of them."""
+    loaded: list[Spec] = []
+    problems: list[Problem] = []
+    for spec in specs:
+        try:
+            loaded.append(load_spec(spec, params))
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(*problems)
+    return loaded
+
+
+def plan(spec: Spec | str | Path | Mapping[str, object], **params: Setting) -> Plan:
+    """What applying `spec` would do, from headers alone; `print` it to see.
+
+    Raises SpecError, OpError or CheckpointError with what is wrong, where, and how to mend it.
+    """
+    loaded = spec if isinstance(spec, Spec) else load_spec(spec, params)
+    return make_plan(loaded, open_checkpoint(loaded.source))
+
+
+def apply(
+    plan: Plan,
+    out: str | Path,
+    *,
+    memory: str | int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    report: ProgressReport | None = None,
+) -> Manifest:
+    """Do what `plan` says: write OUT with its manifest, whole or not at all.
+
+    `memory` bounds what is held beyond the imports (bytes, or `2GiB`); `workers` are compute threads
+    (default: one for each core); `device` is `auto`, `cpu`, `cuda` or `cuda:N`; none of them changes a
+    byte of the output. `resume` goes on where a run of the same plan was stopped. `report` is called
+    with the bytes written so far and in all. Raises OutputError, OpError or CheckpointError.
+    """
+    from surgery.write import write_output
+
+    return write_output(
+        plan,
+        Path(out),
+        _resources(memory, workers, device),
+        overwrite=overwrite,
+        resume=resume,
+        report=report or (lambda done, total: None),
+    )
+
+
+def _resources(memory: str | int, workers: int | None, device: str) -> Resources:
+    import torch
+
+    from surgery.stream import Resources
+
+    try:
+        num_bytes = parse_size(memory)
+    except ValueError as error:
+        raise OutputError(Problem(f"--memory {error}")) from None
+    if workers is not None and workers < 1:
+        raise OutputError(Problem(f"--workers {workers}: at least one is needed"))
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise OutputError(Problem(f"--device {device} cannot be used: {first_line}", fix="give --device cpu")) from None
+    return Resources(num_bytes, workers or len(os.sched_getaffinity(0)), chosen)
+
+
+def verify(out: str | Path, *, reproduce: bool = False, source: str | None = None) -> Manifest:
+    """Hash `out` anew and hold it against its manifest; with `reproduce`, also make it again and compare.
+
+    A manifest names a local source by its content only, so `reproduce` needs to be told where it is:
+    `source`; a Hub source is known by its commit. Raises VerifyError naming each file and tensor that differs.
+    """
+    from surgery.verify import verify_output
+
+    manifest = verify_output(Path(out))
+    if reproduce:
+        _reproduce(manifest, Path(out), source)
+    return manifest
+
+
+def _reproduce(manifest: Manifest, out: Path, source: str | None) -> None:
+    from surgery.verify import compare_manifests
+
+    spec = manifest.content["spec"]
+    assert isinstance(spec, Mapping)
+    fields: dict[str, object] = dict(spec)  # pyright: ignore[reportUnknownArgumentType]
+    identity = str(fields["source"])
+    if source is None and identity.startswith("sha256:"):
+        fix = "say where it is: `surgery verify OUT --reproduce --source PATH`"
+        raise VerifyError(Problem("was made from a local source, which the manifest does not locate", str(out), fix))
+    again = plan({**fields, "source": source or identity})
+    if again.checkpoint.identity != identity:
+        what = f"is not what the output was made from ({identity})"
+        raise VerifyError(Problem(what, str(source), "give the source of that run"))
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.reproduce-", dir=out.resolve().parent) as scratch:
+        compare_manifests(manifest, apply(again, Path(scratch) / "out"))
+
+
+def inspect(source: str | Path) -> Inspection:
+    """What a checkpoint is, from its headers: module tree, types, sizes, what it is quantized with."""
+    return inspect_checkpoint(open_checkpoint(str(source)))
+
+
+def ops(name: str | None = None) -> str:
+    """The ops with a line each, or the manual of one. Raises SurgeryError for a name that is none."""
+    if name is None:
+        width = max(map(len, op_names()))
+        return "\n".join(f"{op:{width}}  {_manual(op).splitlines()[0]}" for op in op_names())
+    if name not in op_names():
+        raise SurgeryError(Problem(f"there is no op `{name}`", fix=f"one of {', '.join(op_names())}"))
+    return f"{name}\n\n{_manual(name)}\n\n{_options(name)}"
+
+
+def _manual(name: str) -> str:
+    return python_inspect.cleandoc(find_op(name).__doc__ or "")
+
+
+def _options(name: str) -> str:
+    op = find_op(name)
+    lines = ["Fields", f"  {op.selects}, except, expect", "      what it is applied to"]
+    for option in options_of(op):
+        default = "required" if option.required else f"default {option.default}"
+        kind = option.schema.get("enum") or option.schema.get("type")
+        shown = ", ".join(map(str, kind)) if isinstance(kind, list) else str(kind)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        lines += [f"  {option.key}  ({shown}; {default})", f"      {option.doc}"]
+    return "\n".join(lines)
+
+
+def schema() -> dict[str, object]:
+    """The JSON Schema of the spec, generated from the ops."""
+    return spec_schema()

@@ -1,0 +1,82 @@
+"""Which files of a directory hold its tensors: one file, or shards and their index."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from surgery.checkpoint.paths import contained
+from surgery.errors import CheckpointError, Problem
+
+__all__ = ["Weights", "find_weights"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weight files of a directory in order, and for each tensor the file the index says it is in."""
+
+    files: tuple[str, ...]
+    weight_map: dict[str, str] | None  # None: there is no index
+
+
+def find_weights(directory: Path) -> Weights:
+    """The weight files of a Hub-layout `directory`. Raises CheckpointError if there are none."""
+    index = directory / INDEX_NAME
+    if index.exists():
+        weight_map = _read_weight_map(index)
+        _check_files(directory, index, weight_map)
+        return Weights(tuple(sorted(set(weight_map.values()))), weight_map)
+    if (directory / SINGLE_NAME).exists():
+        return Weights((SINGLE_NAME,), None)
+    return Weights((_only_safetensors(directory),), None)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    fix = "download the index again"
+    try:
+        content: object = json.loads(contained(index, index.parent).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(Problem(f"is not JSON: {error}", str(index), fix)) from None
+    fields = cast(dict[str, object], content) if isinstance(content, dict) else {}
+    weight_map = fields.get("weight_map")
+    items = cast(dict[str, object], weight_map) if isinstance(weight_map, dict) else {}
+    if not items or not all(isinstance(value, str) for value in items.values()):
+        raise CheckpointError(Problem("has no `weight_map` from tensor names to file names", str(index), fix))
+    return cast(dict[str, str], items)
+
+
+def _check_files(directory: Path, index: Path, weight_map: dict[str, str]) -> None:
+    problems: list[Problem] = []
+    for file in sorted(set(weight_map.values())):
+        tensors = [name for name, where in weight_map.items() if where == file]
+        if Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
+            what = f"maps `{tensors[0]}` to {file!r}, which is no safetensors file beside it"
+            problems.append(Problem(what, str(index), "an index names files in its own directory only"))
+        elif not (directory / file).exists():
+            what = f"names the shard `{file}` ({len(tensors)} tensors), which is missing"
+            problems.append(Problem(what, str(index), f"download `{file}` again"))
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _only_safetensors(directory: Path) -> str:
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(names) == 1:
+        return names[0]
+    if names:
+        what = f"has {len(names)} safetensors files and no {INDEX_NAME}"
+        raise CheckpointError(Problem(what, str(directory), "name one file as the source, or restore the index"))
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        what = f"has weights only as pickles ({', '.join(pickles[:3])}), which surgery never loads"
+        fix = "convert them with a tool you trust: transformers' `save_pretrained` writes safetensors"
+        raise CheckpointError(Problem(what, str(directory), fix))
+    raise CheckpointError(
+        Problem("holds no safetensors file", str(directory), f"expected {SINGLE_NAME} or {INDEX_NAME}")
+    )

@@ -1,0 +1,207 @@
+"""The command line: each command is one call of the API. Results go to stdout, messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+import surgery
+from surgery.errors import Problem, SurgeryError
+from surgery.sizes import format_decimal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from surgery.write import ProgressReport
+
+__all__ = ["main"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _fail(error: SurgeryError) -> None:
+    for problem in error.problems:
+        click.echo(str(problem), err=True)
+    sys.exit(1)
+
+
+def _reporting(command: Callable[P, R]) -> Callable[P, R]:
+    """Exit code 1 with what, where and how to mend it, for every error of ours."""
+    import functools
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except SurgeryError as error:
+            _fail(error)
+            raise
+
+    return run
+
+
+def _settings(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    del context, parameter
+    settings: dict[str, str] = {}
+    for value in values:
+        name, equals, setting = value.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE")
+        settings[name] = setting
+    return settings
+
+
+_set_option = click.option(
+    "--set", "settings", multiple=True, callback=_settings, metavar="NAME=VALUE", help="Set a parameter of the spec."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="model-surgery", prog_name="surgery")
+def main() -> None:
+    """Declarative model surgery on safetensors checkpoints."""
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True)
+@click.option("--format", "style", type=click.Choice(["text", "json", "github"]), default="text", help="How to report.")
+@_set_option
+def validate(specs: tuple[str, ...], style: str, settings: dict[str, str]) -> None:
+    """Check specs against the schema and themselves; opens no source."""
+    problems: tuple[Problem, ...] = ()
+    try:
+        surgery.validate(specs, **settings)
+    except SurgeryError as error:
+        problems = error.problems
+    if style == "json":
+        click.echo(json.dumps([{"what": item.what, "at": item.at, "fix": item.fix} for item in problems], indent=1))
+    for problem in problems if style != "json" else ():
+        click.echo(_github(problem) if style == "github" else str(problem), err=style == "text")
+    if problems:
+        sys.exit(1)
+    if style == "text":
+        click.echo(f"{len(specs)} valid")
+
+
+def _github(problem: Problem) -> str:
+    """A workflow command: GitHub shows it beside the line."""
+    place, _, _ = problem.at.partition(", ")
+    file, _, line = place.rpartition(":")
+    where = f"file={file},line={line}" if line.isdigit() else f"file={place}"
+    message = f"{problem.what}\n{problem.fix}".strip().replace("%", "%25").replace("\n", "%0A")
+    return f"::error {where}::{message}"
+
+
+@main.command()
+@click.argument("spec")
+@click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
+@_set_option
+@_reporting
+def plan(spec: str, as_json: bool, settings: dict[str, str]) -> None:
+    """Say what would change, from headers alone."""
+    made = surgery.plan(spec, **settings)
+    click.echo(json.dumps(made.to_json(), indent=1) if as_json else str(made))
+
+
+@main.command()
+@click.argument("spec")
+@click.option("-o", "--output", "out", required=True, type=click.Path(), help="The directory to write.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--memory", default="2GiB", show_default=True, help="What may be held beyond the imports.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Compute threads. [default: cores]")
+@click.option("--resume", is_flag=True, help="Go on where a run of the same plan was stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, at the end.")
+@_set_option
+@_reporting
+def apply(
+    spec: str,
+    out: str,
+    device: str,
+    memory: str,
+    workers: int | None,
+    resume: bool,
+    overwrite: bool,
+    settings: dict[str, str],
+) -> None:
+    """Plan, then stream the result to OUT."""
+    made = surgery.plan(spec, **settings)
+    click.echo(str(made))
+    try:
+        with _progress() as report:
+            manifest = surgery.apply(
+                made, out, memory=memory, workers=workers, device=device, overwrite=overwrite, resume=resume,
+                report=report,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"stopped; {out} is untouched. The same command with --resume goes on.", err=True)
+        sys.exit(1)
+    click.echo(str(manifest))
+    click.echo(f"wrote {out}", err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressReport]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("writing", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@main.command()
+@click.argument("out", type=click.Path())
+@click.option("--reproduce", is_flag=True, help="Also make it again, and compare.")
+@click.option("--source", type=click.Path(), default=None, help="Where the local source lies, for --reproduce.")
+@_reporting
+def verify(out: str, reproduce: bool, source: str | None) -> None:
+    """Hash OUT anew and hold it against its manifest."""
+    manifest = surgery.verify(out, reproduce=reproduce, source=source)
+    num_bytes = sum(file.num_bytes for file in manifest.files)
+    again = ", and made again byte for byte" if reproduce else ""
+    click.echo(
+        f"{len(manifest.files)} files, {len(manifest.tensors)} tensors, {format_decimal(num_bytes)}: as written{again}"
+    )
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_reporting
+def inspect(checkpoint: str, as_json: bool) -> None:
+    """Show a checkpoint's module tree, types, sizes and quantization."""
+    found = surgery.inspect(checkpoint)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+
+
+@main.command()
+@click.argument("name", required=False)
+@_reporting
+def ops(name: str | None) -> None:
+    """List the ops, or show one op's manual."""
+    click.echo(surgery.ops(name))
+
+
+@main.command()
+@_reporting
+def schema() -> None:
+    """Print the JSON Schema of the spec."""
+    click.echo(json.dumps(surgery.schema(), indent=2))

@@ -1,0 +1,1 @@
+"""On-disk formats that several ops read or write: tensor names, kernels, config entries."""

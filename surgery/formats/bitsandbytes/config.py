@@ -1,0 +1,92 @@
+"""The `quantization_config` with which transformers loads a 4-bit checkpoint as it was written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from surgery.checkpoint.architecture import Architecture, Kind
+from surgery.checkpoint.modules import Module
+
+__all__ = ["is_bitsandbytes", "other_method", "patch_config"]
+
+KEY = "quantization_config"
+FRESH_HEADS = ("classifier", "qa_outputs", "score")  # Linears that a task adds when it loads a base model
+
+
+def _method(config: Mapping[str, object]) -> str:
+    entry = config.get(KEY)
+    return str(cast(Mapping[str, object], entry).get("quant_method", "")) if isinstance(entry, Mapping) else ""
+
+
+def is_bitsandbytes(config: Mapping[str, object]) -> bool:
+    """Whether the config says that the checkpoint is quantized with bitsandbytes."""
+    return _method(config) == "bitsandbytes"
+
+
+def other_method(config: Mapping[str, object]) -> str:
+    """The quantization method in the config, if it is not bitsandbytes; else empty."""
+    method = _method(config)
+    return "" if method == "bitsandbytes" else method
+
+
+def patch_config(
+    config: Mapping[str, object],
+    modules: Mapping[str, Module],
+    architecture: Architecture,
+    options: Mapping[str, object],
+) -> Mapping[str, object]:
+    """`config` with the quantization_config for `modules`; without one if none is quantized any more.
+
+    `options` are the `bnb_4bit_*` entries; those of an earlier config are kept where they are silent.
+    """
+    quantized = [module.path for module in modules.values() if module.is_quantized]
+    if not quantized:
+        return {key: value for key, value in config.items() if key != KEY}
+    earlier = cast(Mapping[str, object], config[KEY]) if is_bitsandbytes(config) else {}
+    entry = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_storage": "uint8",
+        **earlier,
+        **options,
+        "llm_int8_skip_modules": _skip_modules(modules, architecture, quantized),
+    }
+    return {**config, KEY: entry}
+
+
+def _skip_modules(modules: Mapping[str, Module], architecture: Architecture, quantized: list[str]) -> list[str]:
+    """Every Linear that is not quantized, the head that may be tied away, and heads that a task adds.
+
+    Why all of them: a list that is not null replaces transformers' own, and a plain weight in a
+    Linear4bit loads without a word and fails at the first forward.
+    """
+    plain = [path for module in modules.values() if not module.is_quantized for path in _listed(module)]
+    if architecture.prefix:
+        prefix = architecture.prefix + "."
+        plain += [path.removeprefix(prefix) for path in plain if path.startswith(prefix)]
+    candidates = dict.fromkeys([*plain, *filter(None, [architecture.head]), *FRESH_HEADS])
+    required = set(plain)
+    return [_unambiguous(path, quantized) for path in candidates if path in required or not _skips(path, quantized)]
+
+
+def _listed(module: Module) -> Iterable[str]:
+    if module.kind is Kind.EXPERT:  # one entry for all experts of a layer: a path stands for what is below it
+        return [re.sub(r"(\bexperts)\..*", r"\1", module.path)]
+    return [module.path] if module.is_linear or module.kind is Kind.HEAD else []
+
+
+def _skips(pattern: str, paths: list[str]) -> bool:
+    """Whether transformers would leave one of `paths` unquantized for this entry.
+
+    Source: transformers 5.23, `should_convert_module`.
+    """
+    start = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+    return any(path.endswith(pattern) or start.match(path) for path in paths)
+
+
+def _unambiguous(path: str, quantized: list[str]) -> str:
+    """`path`, anchored where its bare form would match a quantized module's tail too."""
+    return f"^{path}" if _skips(path, quantized) else path

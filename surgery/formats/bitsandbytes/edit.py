@@ -1,0 +1,112 @@
+"""The names that quantizing and dequantizing read and write at one module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgery.checkpoint.architecture import Architecture, Kind
+from surgery.checkpoint.modules import Module
+from surgery.errors import CheckpointError
+from surgery.formats.bitsandbytes.config import other_method
+from surgery.formats.bitsandbytes.dequantize import Dequantize4bit
+from surgery.formats.bitsandbytes.quantize import Quantize4bit
+from surgery.formats.bitsandbytes.record import QuantRecord
+from surgery.graph import Node
+from surgery.numerics.transpose import Transpose
+from surgery.op import Rewrite, Site
+
+if TYPE_CHECKING:
+    from surgery.types import DType
+
+__all__ = ["dequantized", "quantized", "weight_may_be_quantized"]
+
+
+def weight_may_be_quantized(module: Module, architecture: Architecture) -> bool:
+    """Whether `all-linear` takes this module: transformers leaves some Linears in float32."""
+    return module.is_linear and not architecture.keeps_full_precision(module.path)
+
+
+def quantized(site: Site, kernel: Quantize4bit) -> Rewrite:
+    """`site`'s weight in 4 bits; a Conv1D's is turned to [out, in] first, as transformers does.
+
+    Raises OpError for whatever transformers could not load.
+    """
+    _refuse_what_will_not_load(site)
+    name = f"{site.path}.weight"
+    weight = site.nodes[name]
+    if site.module.kind is Kind.CONV1D:
+        (weight,) = site.graph.apply(Transpose(), weight)
+    try:
+        ports = site.graph.apply(kernel, weight)
+    except ValueError as error:
+        raise site.refuse(f"cannot be quantized: {error}", _dtype_fix(site, weight)) from None
+    suffixes = kernel.record(weight.type).port_types()
+    return Rewrite((name,), {name + suffix: port for suffix, port in zip(suffixes, ports, strict=True)})
+
+
+def _dtype_fix(site: Site, weight: Node) -> str:
+    if weight.type.dtype.is_float and len(weight.type.shape) == 2:
+        return f"cast it first: `op: tensor.cast`, `tensors: '{site.path}.weight'`, `dtype: bfloat16`"
+    return "only Linear weights can be quantized: narrow `modules`, or take it away with `except`"
+
+
+def _refuse_what_will_not_load(site: Site) -> None:
+    module, kind = site.module, site.module.kind
+    method = other_method(site.config)
+    if method:
+        fix = "start from the checkpoint before quantization"
+        raise site.refuse(f"belongs to a checkpoint that is already quantized with {method}", fix)
+    if module.is_quantized:
+        by = f" by {site.touched_by}" if site.touched_by else ""
+        fix = "take it away from one of the edits with `except`, or run `quantize.dequantize` on it first"
+        raise site.refuse(f"is already quantized{by}", fix)
+    if kind is Kind.EXPERT:
+        fix = (
+            r"leave the experts alone (`except: '.*\.experts\..*'`), or quantize them with a compressed-tensors scheme"
+            " such as W4A16, which transformers and vLLM load expert by expert"
+        )
+        raise site.refuse("is an MoE expert: transformers cannot load bitsandbytes 4-bit experts", fix)
+    if f"{site.path}.weight" not in site.nodes:
+        raise site.refuse(f"has no weight; it holds {', '.join(site.nodes)}", "narrow `modules` to Linears")
+    if not module.is_linear and not (kind is Kind.HEAD and not site.architecture.is_tied(site.config)):
+        tied = ", tied to the embedding" if kind is Kind.HEAD else ""
+        fix = "narrow `modules`, or take it away with `except`; `modules: all-linear` finds what can be quantized"
+        what = f"is no Linear but {_article(kind)} {kind.value}{tied} ({site.nodes[f'{site.path}.weight'].type})"
+        raise site.refuse(f"{what}, which bitsandbytes does not quantize", fix)
+    if site.architecture.keeps_full_precision(site.path):
+        fix = f"take it away with `except: '{site.architecture.full_precision}'`"
+        raise site.refuse("is kept in float32 by transformers, which cannot load it quantized", fix)
+
+
+def _article(kind: Kind) -> str:
+    return "an" if kind.value[0] in "aeioM" else "a"
+
+
+def dequantized(site: Site, dtype: DType | None) -> Rewrite:
+    """`site`'s weight in `dtype`, or in the dtype it had; stored as the architecture stores it."""
+    name = f"{site.path}.weight"
+    record_name = next((part for part in site.nodes if part.startswith(f"{name}.quant_state.")), None)
+    if record_name is None:
+        raise site.refuse("is not quantized with bitsandbytes 4-bit", "`surgery inspect` lists what is")
+    record = _record(site, site.nodes[record_name])
+    parts = [name + suffix for suffix in record.port_types()]
+    missing = [part for part in parts if part not in site.nodes]
+    if missing:
+        raise site.refuse(f"lacks `{missing[0]}`", "the checkpoint is incomplete: download or write it again")
+    kernel = Dequantize4bit(record, dtype or record.weight.dtype)
+    try:
+        (weight,) = site.graph.apply(kernel, *(site.nodes[part] for part in parts))
+    except ValueError as error:
+        raise site.refuse(f"does not hold together: {error}", "download or write it again") from None
+    if site.module.kind is Kind.CONV1D:
+        (weight,) = site.graph.apply(Transpose(), weight)
+    return Rewrite(tuple(parts), {name: weight})
+
+
+def _record(site: Site, node: Node) -> QuantRecord:
+    if isinstance(node.kernel, Quantize4bit):
+        return node.kernel.record(node.inputs[0].type)
+    try:
+        return QuantRecord.decode(site.read_record(node))[0]
+    except (ValueError, CheckpointError) as error:
+        raise site.refuse(f"does not hold together: {error}", "download or write it again") from None

@@ -1,0 +1,144 @@
+"""Quantization to 4 bits as a kernel of the graph.
+
+Two passes where the quantization is double: the mean of all block maxima is a reduction over
+tiles; given it, every block is independent of the others, whatever its tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from surgery.formats.bitsandbytes.record import NESTED_BLOCK_SIZE, QuantRecord
+from surgery.graph import BadValue, TiledKernel, TileError
+from surgery.types import DType, TensorType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Quantize4bit"]
+
+SOURCE_DTYPES = (DType.F32, DType.F16, DType.BF16)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize4bit(TiledKernel):
+    """f32|f16|bf16 [out, in] → the ports of `QuantRecord.port_types`, in that order."""
+
+    quant_type: str
+    block_size: int
+    double_quant: bool
+
+    @property
+    def label(self) -> str:
+        """`nf4` or `fp4`."""
+        return self.quant_type
+
+    def record(self, weight: TensorType) -> QuantRecord:
+        """What the quant_state will say of `weight`."""
+        return QuantRecord(self.quant_type, self.block_size, weight, self.double_quant)
+
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
+        """Raises ValueError if the weight is not a non-empty float matrix that bitsandbytes can quantize."""
+        (weight,) = inputs
+        if len(weight.shape) != 2 or weight.num_elements == 0:
+            raise ValueError(f"{weight} is not a matrix")
+        if weight.dtype not in SOURCE_DTYPES:
+            raise ValueError(f"{weight} cannot be quantized: bitsandbytes takes f32, f16 and bf16 only")
+        return tuple(self.record(weight).port_types().values())
+
+    def domain(self, *inputs: TensorType) -> int:
+        """The elements of the weight."""
+        return inputs[0].num_elements
+
+    def input_steps(self) -> tuple[int | None, ...]:
+        """The weight, element by element."""
+        return (1,)
+
+    def port_steps(self) -> tuple[int | None, ...]:
+        """Two elements a byte, a block an absmax, 256 blocks a nested absmax; maps and record are whole."""
+        nested = (self.block_size * NESTED_BLOCK_SIZE, None) if self.double_quant else ()
+        return (2, self.block_size, *nested, None, None)
+
+    @property
+    def align(self) -> int:
+        """Whole blocks; with double quantization, whole blocks of absmax."""
+        return self.block_size * (NESTED_BLOCK_SIZE if self.double_quant else 1)
+
+    @property
+    def reduces(self) -> bool:
+        """Double quantization subtracts the mean of all absmax."""
+        return self.double_quant
+
+    def partial(self, *tiles: Tensor) -> Tensor:
+        """The absmax of each block, f32. Raises BadValue with the index of a NaN or Inf."""
+        from surgery.numerics import fourbit
+
+        absmax = fourbit.block_absmax(tiles[0], self.block_size)
+        if not bool(absmax.isfinite().all()):
+            raise BadValue(
+                cast(int, fourbit.first_non_finite(tiles[0])), "is NaN or Inf, which no 4-bit block can hold"
+            )
+        return absmax
+
+    def combine(self, partials: Iterable[Tensor], *inputs: TensorType) -> object:
+        """The mean of all absmax, an f32 scalar with the bits of torch on one thread."""
+        from surgery.numerics.mean import StreamedMean
+
+        mean = StreamedMean(self.record(inputs[0]).num_blocks())
+        for absmax in partials:
+            mean.add(absmax)
+        return mean.result()
+
+    def tile(
+        self, state: object, num_elements: int, *tiles: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
+        """Packed codes, absmax and nested absmax of one tile, and what rounding cost."""
+        from surgery.numerics import fourbit
+
+        (weight,) = tiles
+        absmax = self.partial(weight)
+        stored, ports = absmax, (absmax,)
+        if self.double_quant:
+            offset = cast("Tensor", state)
+            codes, nested = fourbit.nested_encode(absmax.cpu(), offset)
+            stored = fourbit.nested_decode(codes, nested, offset).to(weight.device)
+            ports = (codes, nested, None)
+        packed, max_abs, sum_squares = fourbit.encode_with_error(
+            weight, absmax, stored, self.block_size, self.quant_type
+        )
+        return (packed, *ports, None, None), TileError(max_abs, sum_squares, num_elements)
+
+    def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
+        """The maps and the quant_state record."""
+        import torch
+
+        from surgery.numerics.codebooks import CODEBOOKS, DYNAMIC_8BIT
+
+        offset = float(cast("Tensor", state)) if self.double_quant else 0.0
+        record = bytearray(self.record(inputs[0]).encode(offset))
+        parts = [torch.tensor(CODEBOOKS[self.quant_type]), torch.frombuffer(record, dtype=torch.uint8)]
+        if self.double_quant:
+            parts.insert(0, torch.tensor(DYNAMIC_8BIT))
+        first = 3 if self.double_quant else 2
+        return dict(enumerate(parts, first))
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The reference, on the whole weight with plain comparisons."""
+        import torch
+
+        from surgery.numerics import fourbit
+        from surgery.numerics.dtypes import dtype_of
+
+        (weight,) = inputs
+        flat = weight.reshape(-1)
+        type_ = TensorType(dtype_of(weight.dtype), tuple(weight.shape))
+        absmax = fourbit.block_absmax(flat, self.block_size)
+        packed = fourbit.encode_reference(flat, absmax, self.block_size, self.quant_type)
+        state = self.combine([absmax], type_)
+        ports: dict[int, Tensor] = {0: packed.unsqueeze(1), 1: absmax}
+        if self.double_quant:
+            ports[1], ports[2] = fourbit.nested_encode(absmax, torch.as_tensor(state))
+        ports |= self.whole_ports(state, type_)
+        return tuple(ports[port] for port in sorted(ports))

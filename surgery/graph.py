@@ -1,0 +1,227 @@
+"""Checkpoints as graphs: a `Node` is a kernel applied to inputs, typed when it is made.
+
+Why: when every tensor that will be written is a typed expression over the tensors that are
+read, names, sizes, offsets and memory are facts that need no weights, and streaming is
+nothing but evaluating expressions tile by tile.
+
+A kernel works on the flattened tensors, over a *domain* of elements (usually the elements of
+the weight). `input_steps` and `port_steps` say how many elements of the domain one element of
+each input or output stands for; None says that the whole tensor is needed, or that it is
+known as soon as the reduction is. A kernel without steps needs all its inputs whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.types import TensorType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "BadValue",
+    "Graph",
+    "Kernel",
+    "Node",
+    "Rule",
+    "Source",
+    "TileError",
+    "TiledKernel",
+    "bits_per_element",
+    "rewrite",
+    "toposort",
+]
+
+
+class Kernel(ABC):
+    """What a node does: a frozen dataclass whose fields are all it depends on."""
+
+    __slots__ = ()
+
+    @property
+    def label(self) -> str:
+        """What a person calls the result, where its type alone does not tell (`nf4`)."""
+        return ""
+
+    @abstractmethod
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
+        """Types in, types out; one type for each port. Raises ValueError on a bad input."""
+
+    @abstractmethod
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The reference: whole tensors in, whole tensors out, one for each port."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileError:
+    """What rounding cost in one tile: max |error| and the sum of squared errors."""
+
+    max_abs: float
+    sum_squares: float
+    num_elements: int
+
+
+class BadValue(Exception):
+    """Raised by a kernel that met a weight it cannot take: its flat index in the tile, and why."""
+
+    def __init__(self, index: int, what: str) -> None:
+        super().__init__(index, what)
+        self.index = index
+        self.what = what
+
+
+class TiledKernel(Kernel):
+    """A kernel that works on tiles of its domain, after an optional reduction over all tiles."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def domain(self, *inputs: TensorType) -> int:
+        """Number of elements to be worked through."""
+
+    @abstractmethod
+    def input_steps(self) -> tuple[int | None, ...]:
+        """Per input: domain elements for each of its elements; None: needed whole."""
+
+    @abstractmethod
+    def port_steps(self) -> tuple[int | None, ...]:
+        """Per port: domain elements for each of its elements; None: comes from the state."""
+
+    @property
+    def align(self) -> int:
+        """A tile starts at a multiple of this many domain elements."""
+        return 1
+
+    @property
+    def reduces(self) -> bool:
+        """Whether `partial` and `combine` must see every tile before the first `tile`."""
+        return False
+
+    def partial(self, *tiles: Tensor) -> Tensor:
+        """First pass: what one tile adds to the state."""
+        raise NotImplementedError
+
+    def combine(self, partials: Iterable[Tensor], *inputs: TensorType) -> object:
+        """The state, from the partial results of all tiles, in order of the tiles."""
+        del partials, inputs
+        return None
+
+    @abstractmethod
+    def tile(
+        self, state: object, num_elements: int, *tiles: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
+        """Main pass over `num_elements` of the domain: a flat tensor for each port, None for a whole one."""
+
+    def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
+        """The ports that come from the state alone."""
+        del state, inputs
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Kernel):
+    """A tensor of a checkpoint, as it lies on disk."""
+
+    model: str
+    name: str
+    type: TensorType
+
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
+        """The type in the header."""
+        return (self.type,)
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Never called: a source is read, not computed."""
+        raise NotImplementedError(self.name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One tensor: port `port` of `kernel` applied to `inputs`. Made by `Graph.apply` only.
+
+    Nodes are interned, so that equality is identity; nodes with the same `call` are
+    outputs of one evaluation.
+    """
+
+    kernel: Kernel
+    inputs: tuple[Node, ...]
+    port: int
+    type: TensorType
+    digest: str
+
+    @property
+    def call(self) -> tuple[Kernel, tuple[Node, ...]]:
+        """What must be evaluated to get this node: shared by all ports."""
+        return (self.kernel, self.inputs)
+
+
+class Graph:
+    """Makes nodes, each only once."""
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple[Kernel, tuple[Node, ...]], tuple[Node, ...]] = {}
+
+    def apply(self, kernel: Kernel, *inputs: Node) -> tuple[Node, ...]:
+        """The ports of `kernel(*inputs)`; raises ValueError if the types do not fit."""
+        call = (kernel, inputs)
+        if call not in self._calls:
+            types = kernel.infer(*(node.type for node in inputs))
+            self._calls[call] = tuple(
+                Node(kernel, inputs, port, type_, _digest(kernel, inputs, port)) for port, type_ in enumerate(types)
+            )
+        return self._calls[call]
+
+
+def _digest(kernel: Kernel, inputs: Sequence[Node], port: int) -> str:
+    parts = [type(kernel).__name__, repr(kernel), str(port), *(node.digest for node in inputs)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def toposort(roots: Iterable[Node]) -> Iterator[Node]:
+    """Every node that `roots` need, once each, inputs before what uses them."""
+    seen: set[Node] = set()
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child in reversed(node.inputs))
+
+
+Rule = Callable[[Graph, Node], Node | None]
+"""A rewrite: a node to an equal one that is cheaper, or None."""
+
+
+def rewrite(graph: Graph, roots: Sequence[Node], rules: Sequence[Rule]) -> list[Node]:
+    """`roots` with every rule applied bottom-up until none fires."""
+    done: dict[Node, Node] = {}
+    for node in toposort(roots):
+        inputs = tuple(done[child] for child in node.inputs)
+        new = node if inputs == node.inputs else graph.apply(node.kernel, *inputs)[node.port]
+        done[node] = _rewrite_root(graph, new, rules)
+    return [done[root] for root in roots]
+
+
+def _rewrite_root(graph: Graph, node: Node, rules: Sequence[Rule]) -> Node:
+    for rule in rules:
+        new = rule(graph, node)
+        if new is not None:
+            return _rewrite_root(graph, new, rules)
+    return node
+
+
+def bits_per_element(node: Node) -> float:
+    """Bits that all ports of a tiled node take for one element of its domain; fixed tables not counted."""
+    kernel = node.kernel
+    assert isinstance(kernel, TiledKernel)
+    types = [child.type for child in node.inputs]
+    ports = zip(kernel.infer(*types), kernel.port_steps(), strict=True)
+    return 8 * sum(type_.num_bytes for type_, step in ports if step is not None) / kernel.domain(*types)

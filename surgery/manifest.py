@@ -1,0 +1,114 @@
+"""`Manifest`: the plan plus evidence. No wall-clock, host or path is in it: the same run gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+from surgery.errors import Problem, VerifyError
+from surgery.evidence import FileRecord, TensorRecord
+from surgery.plan import Plan, TensorPlan
+from surgery.types import text
+
+__all__ = ["MANIFEST_NAME", "Manifest", "make_manifest", "read_manifest"]
+
+MANIFEST_NAME = "surgery-manifest.json"
+SEAL = "manifest_sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What was made, from what, and how exactly. `content` is plain data, its schema `schemas/manifest.v1.schema.json`."""
+
+    content: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def encode(self) -> bytes:
+        """The file's bytes, sealed with the sha256 of everything else in it."""
+        body = {key: value for key, value in self.content.items() if key != SEAL}
+        seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return (json.dumps({**body, SEAL: seal}, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """The output files with their hashes."""
+        entries = cast("list[dict[str, object]]", self.content["files"])
+        return tuple(
+            FileRecord(cast(str, entry["name"]), cast(int, entry["bytes"]), cast(str, entry["sha256"]))
+            for entry in entries
+        )
+
+    @property
+    def tensors(self) -> Mapping[str, Mapping[str, object]]:
+        """The output tensors by name: dtype, shape, file, data_offsets, sha256, sources, ops, error."""
+        return cast("Mapping[str, Mapping[str, object]]", self.content["tensors"])
+
+
+def make_manifest(plan: Plan, source_hashes: Mapping[str, str], written: Sequence[FileRecord]) -> Manifest:
+    """The manifest of a finished run."""
+    records = {record.name: record for file in written for record in file.tensors}
+    resolved = {key: value for key, value in plan.spec.resolved.items() if key != "params"}
+    resolved["source"] = plan.checkpoint.identity  # a local path would tie the bytes to one machine
+    canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return Manifest(
+        {
+            "version": 1,
+            "spec": resolved,
+            "spec_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+            "plan_sha256": plan.digest,
+            "versions": {name: version(package) for name, package in _VERSIONS.items()},
+            "source": {
+                "identity": plan.checkpoint.identity,
+                "files": [
+                    {"name": file.name, "bytes": file.header.file_bytes, "sha256": source_hashes[file.name]}
+                    for file in plan.checkpoint.files
+                ],
+            },
+            "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
+            "tensors": {tensor.name: _tensor(tensor, records[tensor.name]) for tensor in plan.tensors},
+            "dropped": {name: str(type_) for name, type_ in plan.dropped.items()},
+        }
+    )
+
+
+_VERSIONS = {"surgery": "model-surgery", "torch": "torch", "safetensors": "safetensors"}
+
+
+def _tensor(tensor: TensorPlan, record: TensorRecord) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "dtype": tensor.node.type.dtype.disk_name,
+        "shape": list(tensor.node.type.shape),
+        "file": tensor.file,
+        "data_offsets": [tensor.start, tensor.stop],
+        "sha256": record.sha256,
+        "sources": list(tensor.sources),
+        "ops": list(tensor.ops),
+    }
+    if record.max_error is not None:
+        entry["error"] = {"max": record.max_error, "rms": record.rms_error}
+    return entry
+
+
+def read_manifest(out: Path) -> Manifest:
+    """The manifest in `out`. Raises VerifyError if there is none, or if one bit of it was changed."""
+    path = out / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+        content: object = json.loads(raw)
+    except OSError as error:
+        fix = "give a directory that `surgery apply` wrote"
+        raise VerifyError(Problem(f"has no manifest: {error.strerror}", str(out), fix)) from None
+    except (ValueError, RecursionError) as error:
+        raise VerifyError(Problem(f"is damaged: {error}", str(path), "apply again")) from None
+    fields = cast("dict[str, object]", content) if isinstance(content, dict) else {}
+    manifest = Manifest(fields)
+    if fields.get("version") != 1 or manifest.encode() != raw:
+        raise VerifyError(Problem("is damaged: it does not match its own seal", str(path), "apply again"))
+    return manifest

@@ -1,0 +1,1 @@
+"""Rounding, packing and reductions that ops share."""

@@ -1,0 +1,90 @@
+"""Casting between dtypes as a kernel of the graph, with what rounding cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.graph import BadValue, Graph, Node, TiledKernel, TileError
+from surgery.numerics.dtypes import torch_dtype, torch_name
+from surgery.types import DType, TensorType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Cast", "cast_of_cast", "is_exact"]
+
+# Bits of significand (with the hidden one) and the largest exponent: IEEE 754; OCP 8-bit floating point.
+_PRECISION = {
+    DType.F64: (53, 1023, -1074),
+    DType.F32: (24, 127, -149),
+    DType.BF16: (8, 127, -133),
+    DType.F16: (11, 15, -24),
+    DType.F8_E5M2: (3, 15, -16),
+    DType.F8_E4M3: (4, 8, -9),
+}
+
+
+def is_exact(source: DType, target: DType) -> bool:
+    """Whether every value of `source` is one of `target`."""
+    digits, largest, smallest = _PRECISION[source]
+    target_digits, target_largest, target_smallest = _PRECISION[target]
+    return digits <= target_digits and largest <= target_largest and smallest >= target_smallest
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(TiledKernel):
+    """A float tensor of any shape in another float dtype, rounded to nearest even."""
+
+    dtype: DType
+
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
+        """Raises ValueError if the input is not float, or in a float dtype that torch cannot round to."""
+        (type_,) = inputs
+        if type_.dtype not in _PRECISION:
+            raise ValueError(f"{type_} is not of a float dtype that can be cast")
+        return (TensorType(self.dtype, type_.shape),)
+
+    def domain(self, *inputs: TensorType) -> int:
+        """The elements."""
+        return inputs[0].num_elements
+
+    def input_steps(self) -> tuple[int | None, ...]:
+        """Element by element."""
+        return (1,)
+
+    def port_steps(self) -> tuple[int | None, ...]:
+        """Element by element."""
+        return (1,)
+
+    def tile(
+        self, state: object, num_elements: int, *tiles: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
+        """One tile. Raises BadValue where a finite value is too large for the dtype."""
+        from surgery.numerics.dtypes import dtype_of
+        from surgery.numerics.rounding import rounding_error
+
+        (x,) = tiles
+        (y,) = self.run(x)
+        if is_exact(dtype_of(x.dtype), self.dtype):
+            return (y,), None
+        overflowed = ~y.float().isfinite() & x.float().isfinite()
+        if bool(overflowed.any()):
+            raise BadValue(int(overflowed.nonzero()[0]), f"is too large for {torch_name(self.dtype)}")
+        return (y,), rounding_error(x, y)
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The whole tensor."""
+        return (inputs[0].to(torch_dtype(self.dtype)),)
+
+
+def cast_of_cast(graph: Graph, node: Node) -> Node | None:
+    """cast(x) to its own dtype is x; cast(cast(x)) is one cast where the inner one is exact."""
+    if not isinstance(node.kernel, Cast):
+        return None
+    (inner,) = node.inputs
+    if inner.type == node.type:
+        return inner
+    if isinstance(inner.kernel, Cast) and is_exact(inner.inputs[0].type.dtype, inner.type.dtype):
+        return graph.apply(node.kernel, inner.inputs[0])[0]
+    return None

@@ -1,0 +1,180 @@
+"""`Op`: the plug-in. One op is one file under `surgery/ops/<family>/`, and its path is its name.
+
+An op is a frozen dataclass. Its fields, documented by `doc`, are its part of the JSON Schema; its
+docstring is its manual; `rewrite` says which names it reads and writes at one site, `config`
+what changes in config.json. The arithmetic is in the kernels of the nodes that it makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType
+from typing import ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from surgery.checkpoint.architecture import Architecture
+from surgery.checkpoint.modules import Module
+from surgery.errors import OpError, Problem
+from surgery.graph import Graph, Node, Rule
+
+__all__ = ["Op", "Option", "Rewrite", "Site", "doc", "find_op", "op_names", "options_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """What happens to names at one site: `takes` leave, `gives` come in their place.
+
+    A source tensor that none of `gives` is computed from must be in `drops`: nothing vanishes
+    unless an op says so.
+    """
+
+    takes: tuple[str, ...]
+    gives: Mapping[str, Node]
+    drops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A module or tensor that an edit selected, with what an op may know of it.
+
+    For a tensor, `path` is its full name; `module` is the module it belongs to.
+    """
+
+    path: str
+    module: Module
+    nodes: Mapping[str, Node]  # the module's tensors, or the one tensor, by full name
+    graph: Graph
+    architecture: Architecture
+    config: Mapping[str, object]
+    read_record: Callable[[Node], bytes]  # the bytes of a small tensor that describes others
+    touched_by: str  # the edit that last changed it, as the spec names it; "" if none
+    match: re.Match[str] | None  # of the regex that selected it; None for `all-linear`
+
+    def refuse(self, what: str, fix: str = "") -> OpError:
+        """The error for this site; the planner adds the edit's place in the spec."""
+        return OpError(Problem(f"`{self.path}` {what}", fix=fix))
+
+
+class Op:
+    """Base of every op. `name` is set from the file's path by the registry."""
+
+    __slots__ = ()
+    name: ClassVar[str] = ""
+    selects: ClassVar[Literal["modules", "tensors"]] = "modules"
+    rules: ClassVar[tuple[Rule, ...]] = ()  # graph rewrites that belong to this op
+
+    def in_all_linear(self, module: Module, architecture: Architecture) -> bool:
+        """Whether `modules: all-linear` stands for `module` too."""
+        del architecture
+        return module.is_linear
+
+    def check(self, patterns: tuple[re.Pattern[str], ...]) -> str:
+        """What is wrong between the options and the regexes; empty if nothing is."""
+        del patterns
+        return ""
+
+    def rewrite(self, site: Site) -> Rewrite:
+        """The names this op reads and writes at `site`. Raises OpError if it cannot be applied."""
+        raise NotImplementedError
+
+    def config(
+        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
+    ) -> Mapping[str, object]:
+        """config.json after this edit; `modules` are those of the finished checkpoint."""
+        del modules, architecture
+        return config
+
+    def conflicts(self, other: Op) -> str:
+        """Why the same checkpoint cannot hold the results of both ops; empty if it can."""
+        del other
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of an op as the spec and the schema know it."""
+
+    key: str
+    doc: str
+    required: bool
+    default: object
+    schema: Mapping[str, object]
+
+
+def doc(
+    text: str, *, key: str = "", examples: tuple[object, ...] = (), choices: tuple[object, ...] = ()
+) -> Mapping[str, object]:
+    """The `metadata` of a dataclass field that is an option of the spec.
+
+    The JSON type comes from the field's annotation: bool, int, float, str, or a Literal.
+    """
+    return {"doc": text, "key": key, "examples": examples, "choices": choices}
+
+
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def _annotation_schema(annotation: object) -> dict[str, object]:
+    if get_origin(annotation) is Literal:
+        return {"enum": list(get_args(annotation))}
+    if get_origin(annotation) is Union or get_args(annotation):
+        annotation = next(arg for arg in get_args(annotation) if arg is not NoneType)
+        return _annotation_schema(annotation)
+    return {"type": _JSON_TYPES[cast(type, annotation)]}
+
+
+def options_of(op: type[Op]) -> list[Option]:
+    """The options of an op, in the order of its fields."""
+    hints = get_type_hints(op)
+    options: list[Option] = []
+    for field in dataclasses.fields(cast("type[_DataclassOp]", op)):
+        schema = _annotation_schema(hints[field.name])
+        if field.metadata["choices"]:
+            schema = {"enum": list(field.metadata["choices"])}
+        if field.metadata["examples"]:
+            schema["examples"] = list(field.metadata["examples"])
+        required = field.default is dataclasses.MISSING
+        key = field.metadata["key"] or field.name
+        options.append(Option(key, field.metadata["doc"], required, None if required else field.default, schema))
+    return options
+
+
+@dataclass(frozen=True)
+class _DataclassOp(Op):
+    """Only for the type checker: every op is a dataclass."""
+
+
+@cache
+def op_names() -> tuple[str, ...]:
+    """The names of all ops, `family.name`, sorted: one for each file under `surgery/ops`."""
+    return tuple(sorted(_walk_ops()))
+
+
+def _walk_ops() -> Iterator[str]:
+    package = importlib.import_module("surgery.ops")
+    for family in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules([f"{package.__path__[0]}/{family.name}"]):
+            if not module.name.startswith("_"):
+                yield f"{family.name}.{module.name}"
+
+
+@cache
+def find_op(name: str) -> type[Op]:
+    """The op called `name`. Raises KeyError if there is none."""
+    if name not in op_names():
+        raise KeyError(name)
+    module = importlib.import_module(f"surgery.ops.{name}")
+    classes = [
+        value
+        for _, value in inspect.getmembers(module, inspect.isclass)
+        if issubclass(value, Op) and value.__module__ == module.__name__
+    ]
+    (op,) = classes
+    op.name = name
+    return op

@@ -1,0 +1,52 @@
+"""`tensor.rename`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from surgery.checkpoint.architecture import Architecture
+from surgery.checkpoint.modules import Module
+from surgery.formats.bitsandbytes import is_bitsandbytes, patch_config
+from surgery.op import Op, Rewrite, Site, doc
+
+
+@dataclass(frozen=True, slots=True)
+class Rename(Op):
+    r"""Tensors under new names.
+
+    Reads    a tensor of any type
+    Writes   the same bytes under the name that `to` gives; `\1`, `\g<name>` stand for the groups of
+             the regex that matched
+             config.json  llm_int8_skip_modules follows, in a checkpoint quantized with bitsandbytes
+    Raises   OpError for two tensors with one name, or a quantized weight torn from its parts
+    """
+
+    selects: ClassVar[Literal["modules", "tensors"]] = "tensors"
+
+    to: str = field(metadata=doc(r"The new name; `\1` is the regex's first group.", examples=(r"model.\1",)))
+
+    def check(self, patterns: tuple[re.Pattern[str], ...]) -> str:
+        """`to` may only use groups that every regex has."""
+        for pattern in patterns:
+            try:
+                re.compile(pattern.pattern + "|").sub(self.to, "")
+            except (re.error, IndexError) as error:
+                return f"{error}: `to` is {self.to!r}, the regex `{pattern.pattern}` has {pattern.groups} groups"
+        return ""
+
+    def rewrite(self, site: Site) -> Rewrite:
+        """The tensor under its new name."""
+        assert site.match is not None
+        name = site.match.expand(self.to)
+        if not name or "\0" in name:
+            raise site.refuse(f"would be renamed to {name!r}", "give a name that is not empty")
+        return Rewrite((site.path,), {name: site.nodes[site.path]})
+
+    def config(
+        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
+    ) -> Mapping[str, object]:
+        """Skips follow the new names."""
+        return patch_config(config, modules, architecture, {}) if is_bitsandbytes(config) else config

@@ -1,0 +1,143 @@
+"""Planning: names through the edits, the graph simplified, the output laid out. No weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.architecture import architecture_of
+from surgery.checkpoint.modules import QUANTIZED_PARTS, Module, modules_of
+from surgery.cost import cost_of
+from surgery.errors import ConservationError, OpError, Problem
+from surgery.graph import Graph, Node, Source, rewrite, toposort
+from surgery.layout import Layout, lay_out
+from surgery.plan.model import Action, Plan, TensorPlan, sources_of
+from surgery.plan.names import Names, run_edits
+from surgery.spec import Spec
+
+__all__ = ["Plan", "TensorPlan", "make_plan"]
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def make_plan(spec: Spec, checkpoint: Checkpoint) -> Plan:
+    """What applying `spec` to `checkpoint` would do, from headers alone.
+
+    Raises SpecError for edits that match nothing or not what they promise, OpError for an op that
+    cannot be applied where it is asked to, ConservationError if a source tensor would vanish.
+    """
+    graph = Graph()
+    names, selections = run_edits(spec, checkpoint, graph)
+    outputs = _simplified(names, spec, graph)
+    _check_conservation(checkpoint, names)
+    types = {name: node.type for name, node in outputs.items()}
+    modules = modules_of(types, names.architecture)
+    _check_quantized_parts(modules)
+    config = _config(spec, checkpoint, modules, names)
+    layout = _layout(spec, checkpoint, outputs)
+    bytes_read = sum(file.header.file_bytes for file in checkpoint.files)
+    bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
+    return Plan(
+        spec=spec,
+        checkpoint=checkpoint,
+        graph=graph,
+        tensors=_tensor_plans(spec, checkpoint, names, layout),
+        dropped={name: entry.type for name, entry in checkpoint.tensors.items() if name not in outputs},
+        config=config,
+        layout=layout,
+        cost=cost_of(outputs.values(), bytes_read, bytes_written),
+        sites=tuple((item.edit.op.name, item.edit.op.selects, len(item.matches)) for item in selections),
+        notes=(*checkpoint.notes, *_notes(checkpoint)),
+    )
+
+
+def _simplified(names: Names, spec: Spec, graph: Graph) -> dict[str, Node]:
+    rules = list(dict.fromkeys(rule for edit in spec.edits for rule in type(edit.op).rules))
+    roots = [entry.node for entry in names.entries.values()]
+    return dict(zip(names.entries, rewrite(graph, roots, rules), strict=True))
+
+
+def _check_conservation(checkpoint: Checkpoint, names: Names) -> None:
+    """Every source tensor is in some output, or was dropped by name."""
+    roots = [entry.node for entry in names.entries.values()] + list(names.dropped.values())
+    kept = {node.kernel.name for node in toposort(roots) if isinstance(node.kernel, Source)}
+    lost = [name for name in checkpoint.tensors if name not in kept]
+    if lost:
+        what = f"{len(lost)} tensors of the source would vanish: {', '.join(lost[:3])}"
+        fix = "an op takes them without giving or dropping anything: this is a fault of that op, please report it"
+        raise ConservationError(Problem(what, fix=fix))
+    if not names.entries:
+        raise OpError(Problem("the edits leave no tensor at all", fix="narrow what is dropped"))
+
+
+def _check_quantized_parts(modules: Mapping[str, Module]) -> None:
+    problems: list[Problem] = []
+    for module in modules.values():
+        parts = [name for name in module.tensors if QUANTIZED_PARTS.fullmatch(name)]
+        needed = [f"{module.path}.weight{suffix}" for suffix in ("", ".absmax", ".quant_map")] if parts else []
+        missing = [name for name in needed if name not in module.tensors]
+        if not any(".quant_state." in name for name in parts) and parts:
+            missing.append(f"{module.path}.weight.quant_state.bitsandbytes__*")
+        if missing:
+            what = (
+                f"the quantized weight of `{module.path}` would be torn apart: `{missing[0]}` is not with `{parts[0]}`"
+            )
+            problems.append(Problem(what, fix="rename or drop a quantized weight together with all its parts"))
+    if problems:
+        raise OpError(*problems[:8])
+
+
+def _config(spec: Spec, checkpoint: Checkpoint, modules: Mapping[str, Module], names: Names) -> bytes | None:
+    if checkpoint.config is None:
+        return None
+    config = checkpoint.config
+    for edit in spec.edits:
+        config = edit.op.config(config, modules, names.architecture)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _layout(spec: Spec, checkpoint: Checkpoint, outputs: Mapping[str, Node]) -> Layout:
+    is_adapter = [file.name for file in checkpoint.files] == [ADAPTER_FILE]
+    stem = "adapter_model" if is_adapter else "model"
+    shard_bytes = 1 << 62 if is_adapter else spec.shard_bytes  # adapters are never sharded
+    return lay_out(outputs, shard_bytes, checkpoint.metadata, stem, _num_parameters(outputs))
+
+
+def _num_parameters(outputs: Mapping[str, Node]) -> int:
+    """Parameters as the model counts them: a 4-bit weight is its elements, its parts are none."""
+    total = 0
+    for name, node in outputs.items():
+        if not QUANTIZED_PARTS.fullmatch(name):
+            total += node.inputs[0].type.num_elements if node.kernel.label else node.type.num_elements
+    return total
+
+
+def _tensor_plans(spec: Spec, checkpoint: Checkpoint, names: Names, layout: Layout) -> tuple[TensorPlan, ...]:
+    op_names = {edit.index: edit.op.name for edit in spec.edits}
+    placed = {item.name: (file.name, item) for file in layout.files for item in file.tensors}
+    plans: list[TensorPlan] = []
+    for name, entry in names.entries.items():
+        file, item = placed[name]
+        sources = sources_of(item.node)
+        origin = name if name in sources or not sources else sources[0]
+        action = _action(name, item.node, origin, checkpoint, names)
+        ops = tuple(op_names[index] for index in entry.edits)
+        plans.append(TensorPlan(name, item.node, action, file, item.start, item.stop, origin, sources, ops))
+    return tuple(plans)
+
+
+def _action(name: str, node: Node, origin: str, checkpoint: Checkpoint, names: Names) -> Action:
+    if isinstance(node.kernel, Source):
+        return "copy" if origin == name else "rename"
+    moved = node.port == 0 and origin not in names.entries
+    return "change" if name in checkpoint.tensors or moved else "add"
+
+
+def _notes(checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.config is None:
+        return ["the source has no config.json: what each module is, is judged by names and shapes"]
+    if not architecture_of(checkpoint.config).model_types:
+        model_type = checkpoint.config.get("model_type")
+        return [f"model_type {model_type!r} is not in the table: what each module is, is judged by names and shapes"]
+    return []

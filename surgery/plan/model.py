@@ -1,0 +1,115 @@
+"""`Plan`: output name → node, with layout, cost and digest. What `apply` does, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from surgery.checkpoint import Checkpoint
+from surgery.cost import Cost
+from surgery.graph import Graph, Node, Source, toposort
+from surgery.layout import Layout
+from surgery.spec import Spec
+from surgery.types import TensorType, text
+
+__all__ = ["Action", "Plan", "TensorPlan", "sources_of"]
+
+Action = Literal["copy", "rename", "change", "add"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One output tensor: what happens to it, where it will lie, and what it comes from."""
+
+    name: str
+    node: Node
+    action: Action
+    file: str
+    start: int  # in the data, as in the header
+    stop: int
+    origin: str  # the source tensor that it is, or is made from in the first place
+    sources: tuple[str, ...]
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The outcome of planning; made by `surgery.plan`. Printing it gives what `surgery plan` prints."""
+
+    spec: Spec
+    checkpoint: Checkpoint
+    graph: Graph
+    tensors: tuple[TensorPlan, ...]
+    dropped: Mapping[str, TensorType]  # source tensors that have no name in the output
+    config: bytes | None  # config.json; None where the source has none
+    layout: Layout
+    cost: Cost
+    sites: tuple[tuple[str, str, int], ...]  # per edit: op, what it selects, how many it matched
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return text(self)
+
+    @property
+    def digest(self) -> str:
+        """sha256, hex, over everything that decides the output's bytes; no path is part of it."""
+        content = [self.spec.seed, self.checkpoint.identity, self.layout.index.decode(), (self.config or b"").decode()]
+        for file in self.layout.files:
+            content.append(hashlib.sha256(file.header).hexdigest())
+            content += [f"{item.name} {item.node.digest}" for item in file.tensors]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data, as `surgery plan --json` prints it; its schema is `schemas/plan.v1.schema.json`."""
+        return {
+            "version": 1,
+            "digest": self.digest,
+            "source": self.checkpoint.identity,
+            "edits": [{"op": op, "selects": kind, "matches": count} for op, kind, count in self.sites],
+            "tensors": [_tensor_json(tensor) for tensor in self.tensors],
+            "dropped": [{"name": name, "type": str(type_)} for name, type_ in self.dropped.items()],
+            "files": [
+                {"name": file.name, "header_bytes": len(file.header), "bytes": file.num_bytes}
+                for file in self.layout.files
+            ],
+            "side_files": list(self.checkpoint.sides.copied),
+            "config": None if self.config is None else json.loads(self.config),
+            "summary": self.summary(),
+            "cost": {
+                "bytes_read": self.cost.bytes_read,
+                "bytes_written": self.cost.bytes_written,
+                "peak_memory_bytes": self.cost.peak_memory,
+                "min_memory_bytes": self.cost.min_memory,
+            },
+            "notes": list(self.notes),
+        }
+
+    def summary(self) -> dict[str, int]:
+        """How many tensors are changed, added, dropped, renamed and copied."""
+        counts = dict.fromkeys(("change", "add", "drop", "rename", "copy"), 0)
+        for tensor in self.tensors:
+            counts[tensor.action] += 1
+        renamed = {tensor.origin for tensor in self.tensors if tensor.name != tensor.origin}
+        counts["drop"] = sum(name not in renamed for name in self.dropped)
+        return counts
+
+
+def _tensor_json(tensor: TensorPlan) -> dict[str, object]:
+    return {
+        "name": tensor.name,
+        "action": tensor.action,
+        "dtype": tensor.node.type.dtype.disk_name,
+        "shape": list(tensor.node.type.shape),
+        "file": tensor.file,
+        "data_offsets": [tensor.start, tensor.stop],
+        "sources": list(tensor.sources),
+        "ops": list(tensor.ops),
+    }
+
+
+def sources_of(node: Node) -> tuple[str, ...]:
+    """The source tensors that `node` is computed from, nearest first input first."""
+    return tuple(item.kernel.name for item in toposort([node]) if isinstance(item.kernel, Source))

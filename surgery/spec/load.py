@@ -1,0 +1,227 @@
+"""From a file to a `Spec`, with every problem found on the way reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from surgery.errors import Problem, SpecError
+from surgery.op import Op, find_op, op_names, options_of
+from surgery.sizes import parse_size
+from surgery.spec.document import Document, Keys, read_document
+from surgery.spec.model import ALL_LINEAR, Edit, Patterns, Spec
+from surgery.spec.parameters import Parameters, substitute
+from surgery.spec.schema import edit_schema, frame_schema
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
+
+__all__ = ["load_spec"]
+
+DEFAULT_SHARD_SIZE = "5GB"
+JSON_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a map"}
+
+
+def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> Spec:
+    """Read and check a spec: a YAML file, the name of a recipe that comes with surgery, or plain data.
+
+    `settings` override its parameters. Raises SpecError with every problem found.
+    """
+    document = Document(spec, {}, "spec") if isinstance(spec, Mapping) else read_document(_find(Path(spec)))
+    return _Loader(document, settings).load()
+
+
+def _find(path: Path) -> Path:
+    if path.exists() or len(path.parts) > 1:
+        return path
+    for directory in (resources.files("surgery") / "specs", Path(__file__).parents[2] / "specs"):
+        recipe = Path(str(directory)) / path.with_suffix(".yaml")
+        if recipe.exists():
+            return recipe
+    return path
+
+
+class _Loader:
+    def __init__(self, document: Document, settings: Mapping[str, object]) -> None:
+        self.document = document
+        self.parameters = Parameters(document, settings)
+        self.problems: list[Problem] = []
+
+    def load(self) -> Spec:
+        data = substitute(self.parameters, self.document.data)
+        self.problems += self.parameters.problems
+        self._check(data, frame_schema(), ())
+        fields = cast(Mapping[str, object], data) if isinstance(data, Mapping) else {}
+        entries = fields.get("edits")
+        edits = [self._edit(index, entry) for index, entry in enumerate(cast(list[object], entries or []))] if isinstance(entries, list) else []  # fmt: skip
+        self._check_edits(edits)
+        shard_bytes = self._shard_bytes(fields)
+        self._check_models(fields)
+        if self.problems:
+            raise SpecError(*self.problems)
+        return Spec(
+            source=cast(str, fields["source"]),
+            edits=tuple(edit for edit in edits if edit is not None),
+            shard_bytes=shard_bytes,
+            seed=cast(int, fields.get("seed", 0)),
+            resolved=fields,
+            document=self.document,
+        )
+
+    def _report(self, what: str, keys: Keys, fix: str = "") -> None:
+        self.problems.append(Problem(what, self.document.place(keys), fix))
+
+    def _check(self, data: object, schema: Mapping[str, object], keys: Keys) -> bool:
+        from jsonschema import Draft202012Validator
+
+        errors = list(Draft202012Validator(schema).iter_errors(data))  # pyright: ignore[reportUnknownMemberType]
+        for error in errors:
+            path = cast("Iterable[str | int]", error.absolute_path)
+            self._report_violation(error, (*keys, *path), schema)
+        return not errors
+
+    def _report_violation(self, error: ValidationError, keys: Keys, schema: Mapping[str, object]) -> None:
+        value = cast(object, error.instance)
+        allowed = cast(object, error.validator_value)
+        if error.validator == "additionalProperties" and isinstance(allowed, bool):
+            known = cast(Mapping[str, object], cast(Mapping[str, object], error.schema)["properties"])
+            for key in [key for key in cast(Mapping[str, object], value) if key not in known]:
+                self._report_unknown_key(key, known, keys)
+        elif error.validator == "required":
+            missing = [key for key in cast(list[str], allowed) if key not in cast(Mapping[str, object], value)]
+            for key in missing if missing and missing[0] in error.message else []:
+                if error.message.startswith(f"'{key}'"):
+                    self._report(f"`{key}` is missing", keys, f"add `{key}:`")
+        elif error.validator == "enum":
+            choices = [str(choice) for choice in cast(list[object], allowed) if choice is not None]
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            self._report(f"{value!r} is not one of the values allowed here", keys, f"one of {', '.join(choices)}{hint}")
+        else:
+            self._report(_violation(error, value), keys, _expectation(error))
+
+    def _report_unknown_key(self, key: str, known: Iterable[str], keys: Keys) -> None:
+        known = list(known)
+        where = f" of `{self._op_name(keys)}`" if keys and keys[0] == "edits" else ""
+        near = difflib.get_close_matches(key, known, 1)
+        fix = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(known)}"
+        if key in ("modules", "tensors") and {"modules", "tensors"} & set(known):
+            fix = f"this op selects by `{'tensors' if key == 'modules' else 'modules'}`"
+        self._report(f"unknown key `{key}`{where}", (*keys, key), fix)
+
+    def _op_name(self, keys: Keys) -> str:
+        data = cast(Mapping[str, list[Mapping[str, object]]], self.document.data)
+        return str(data["edits"][cast(int, keys[1])].get("op", ""))
+
+    def _edit(self, index: int, entry: object) -> Edit | None:
+        keys: Keys = ("edits", index)
+        if not isinstance(entry, dict):
+            return None  # reported by the frame's schema
+        fields = cast(dict[str, object], entry)
+        name = fields.get("op")
+        if not isinstance(name, str) or name not in op_names():
+            self._report_unknown_op(name, keys)
+            return None
+        if not self._check(fields, edit_schema(name), keys):
+            return None
+        op_class = find_op(name)
+        patterns = self._patterns(fields, op_class, keys)
+        if patterns is None:
+            return None
+        names = {field_name: key for field_name, key in _field_keys(op_class)}
+        values = {field: fields[key] for field, key in names.items() if key in fields}
+        op = op_class(**values)
+        mistake = op.check(patterns.regexes)
+        if mistake:
+            self._report(mistake, keys)
+        place = self.document.place(keys)
+        return Edit(index, op, patterns, place, self.document.place((*keys, op.selects)))
+
+    def _report_unknown_op(self, name: object, keys: Keys) -> None:
+        if name is None:
+            self._report("`op` is missing", keys, f"one of {', '.join(op_names())}")
+            return
+        near = difflib.get_close_matches(str(name), op_names(), 1, 0.5)
+        fix = f"did you mean `{near[0]}`?" if near else f"`surgery ops` lists them: {', '.join(op_names())}"
+        self._report(f"there is no op `{name}`", (*keys, "op"), fix)
+
+    def _patterns(self, fields: Mapping[str, object], op: type[Op], keys: Keys) -> Patterns | None:
+        selected = fields[op.selects]
+        all_linear = selected == ALL_LINEAR and op.selects == "modules"
+        regexes = [] if all_linear else self._compile(selected, (*keys, op.selects))
+        excepts = self._compile(fields.get("except", []), (*keys, "except"))
+        if regexes is None or excepts is None:
+            return None
+        return Patterns(tuple(regexes), all_linear, tuple(excepts), cast("int | None", fields.get("expect")))
+
+    def _compile(self, value: object, keys: Keys) -> list[re.Pattern[str]] | None:
+        texts = cast(list[str], value) if isinstance(value, list) else [cast(str, value)]
+        compiled: list[re.Pattern[str]] = []
+        for index, text in enumerate(texts):
+            try:
+                compiled.append(re.compile(text))
+            except (re.error, RecursionError, OverflowError) as error:
+                place = (*keys, index) if isinstance(value, list) else keys
+                fix = "escape dots as `\\.`, and put the regex in single quotes"
+                self._report(f"`{text}` is no regex: {error}", place, fix)
+        return compiled if len(compiled) == len(texts) else None
+
+    def _check_edits(self, edits: list[Edit | None]) -> None:
+        given = [edit for edit in edits if edit is not None]
+        for position, edit in enumerate(given):
+            for earlier in given[:position]:
+                conflict = edit.op.conflicts(earlier.op)
+                if conflict:
+                    what = f"{edit} conflicts with {earlier}: {conflict}"
+                    self.problems.append(Problem(what, edit.place, "make them agree"))
+
+    def _shard_bytes(self, fields: Mapping[str, object]) -> int:
+        output = fields.get("output")
+        size = cast(Mapping[str, object], output).get("shard_size") if isinstance(output, Mapping) else None
+        try:
+            return parse_size(cast("str | int", size or DEFAULT_SHARD_SIZE))
+        except ValueError as error:
+            if isinstance(size, str | int):
+                self._report(str(error), ("output", "shard_size"))
+            return 0
+
+    def _check_models(self, fields: Mapping[str, object]) -> None:
+        models = fields.get("models")
+        for name in cast(Mapping[str, object], models) if isinstance(models, Mapping) else ():
+            self._report(f"model `{name}` is used by no edit", ("models", name), "use it in an edit, or remove it")
+
+
+def _field_keys(op: type[Op]) -> list[tuple[str, str]]:
+    import dataclasses
+
+    fields = [field.name for field in dataclasses.fields(op)]  # pyright: ignore[reportArgumentType]
+    return list(zip(fields, [option.key for option in options_of(op)], strict=True))
+
+
+def _violation(error: ValidationError, value: object) -> str:
+    if error.validator == "type":
+        return f"{value!r} is {JSON_NAMES.get(type(value), 'nothing')}, not {_type_names(error.validator_value)}"
+    if error.validator == "const":
+        return f"{value!r} is not {error.validator_value!r}"
+    if error.validator == "anyOf":
+        return f"{value!r} does not fit here"
+    if error.validator in ("minLength", "minItems"):
+        return "is empty"
+    return str(error.message)
+
+
+def _type_names(value: object) -> str:
+    names = {"string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false",
+             "array": "a list", "object": "a map", "null": "null"}  # fmt: skip
+    types = cast(list[str], value) if isinstance(value, list) else [str(value)]
+    return " or ".join(names[name] for name in types)
+
+
+def _expectation(error: ValidationError) -> str:
+    schema = cast(Mapping[str, object], error.schema)
+    description = str(schema.get("description", ""))
+    return description if error.validator == "anyOf" else ""

@@ -1,0 +1,63 @@
+"""The parts of a spec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from surgery.op import Op
+from surgery.spec.document import Document, Keys
+
+__all__ = ["ALL_LINEAR", "Edit", "Patterns", "Spec"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Patterns:
+    """What an edit selects: regexes matched in full, or `all_linear`; less what `excepts` match."""
+
+    regexes: tuple[re.Pattern[str], ...]
+    all_linear: bool
+    excepts: tuple[re.Pattern[str], ...]
+    expect: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One edit: an op with its options, and what it is applied to."""
+
+    index: int
+    op: Op
+    patterns: Patterns
+    place: str  # `qlora.yaml:7, edits[1]`
+    pattern_place: str
+
+    def __str__(self) -> str:
+        return f"edits[{self.index}] ({self.op.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A checked spec. `resolved` is its plain data with every parameter replaced."""
+
+    source: str
+    edits: tuple[Edit, ...]
+    shard_bytes: int
+    seed: int
+    resolved: Mapping[str, object]
+    document: Document
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the resolved spec as canonical JSON, hex."""
+        canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def place(self, *keys: str | int) -> str:
+        """Where a value stands: `qlora.yaml:7, edits[1].modules`."""
+        path: Keys = keys
+        return self.document.place(path)

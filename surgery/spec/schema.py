@@ -1,0 +1,162 @@
+"""The JSON Schema of the spec, generated from the ops.
+
+Two of them from one source: the strict one that a spec is checked against once its parameters
+have values, and the published one for editors, in which `${NAME}` may stand for any value.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from surgery.op import Op, find_op, op_names, options_of
+from surgery.sizes import SIZE_PATTERN
+
+__all__ = ["edit_schema", "frame_schema", "spec_schema"]
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+Schema = dict[str, object]
+
+_PATTERNS: Schema = {
+    "anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
+}
+_SELECTING = {
+    "modules": (
+        "Regex, or a list of them, matched in full against module paths as they are on disk "
+        "(`model.layers.0.self_attn.q_proj`); `all-linear` stands for every Linear but the output head."
+    ),
+    "tensors": "Regex, or a list of them, matched in full against full tensor names.",
+    "except": "Regex, or a list of them: takes matches away.",
+}
+
+
+def frame_schema() -> Schema:
+    """The spec but for what each edit may hold."""
+    return {
+        "type": "object",
+        "required": ["version", "source", "edits"],
+        "additionalProperties": False,
+        "properties": {
+            "version": {"const": 1, "description": "The version of the spec format."},
+            "params": {
+                "type": "object",
+                "description": "Defaults of parameters. `${NAME}` stands for one; --set NAME=VALUE overrides it. "
+                "One whose default is null must be set.",
+                "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
+            },
+            "source": {
+                "type": "string",
+                "minLength": 1,
+                "description": "A directory, a .safetensors file, or a Hub id: org/name[@revision].",
+            },
+            "models": {
+                "type": "object",
+                "description": "Further checkpoints or adapters, by a name that edits use.",
+                "additionalProperties": {"type": "string", "minLength": 1},
+            },
+            "edits": {
+                "type": "array",
+                "description": "In order; each sees the result of those before it.",
+                "items": {"type": "object"},
+            },
+            "output": {
+                "type": "object",
+                "additionalProperties": False,
+                "description": "How the output is laid out.",
+                "properties": {
+                    "shard_size": {
+                        "description": "The largest shard: 5GB is 5·10⁹ bytes, 2GiB 2·2³⁰. Default 5GB.",
+                        "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 1}],
+                        "default": "5GB",
+                    }
+                },
+            },
+            "seed": {
+                "type": "integer",
+                "minimum": 0,
+                "default": 0,
+                "description": "Seed of everything random; with the tensor's name it fixes every draw.",
+            },
+        },
+    }
+
+
+def edit_schema(name: str, *, parameters: bool = False) -> Schema:
+    """The schema of one edit with the op `name`; `parameters`: `${NAME}` may stand for a value."""
+    op = find_op(name)
+    properties: Schema = {"op": {"const": name, "description": _summary(op)}}
+    properties[op.selects] = {**_PATTERNS, "description": _SELECTING[op.selects]}
+    properties["except"] = {**_PATTERNS, "description": _SELECTING["except"]}
+    properties["expect"] = {
+        "type": "integer",
+        "minimum": 1,
+        "description": "A promise: exactly this many matches, or an error.",
+    }
+    for option in options_of(op):
+        default = {} if option.required else {"default": option.default}
+        properties[option.key] = {**option.schema, "description": option.doc, **default}
+    required = ["op", op.selects, *(option.key for option in options_of(op) if option.required)]
+    if parameters:
+        properties = {key: value if key == "op" else _or_parameter(value) for key, value in properties.items()}
+    return {
+        "type": "object",
+        "description": inspect.cleandoc(op.__doc__ or ""),
+        "required": required,
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def _summary(op: type[Op]) -> str:
+    return inspect.cleandoc(op.__doc__ or "").splitlines()[0]
+
+
+def _or_parameter(schema: object) -> object:
+    assert isinstance(schema, dict)
+    fields: Schema = dict(schema)  # pyright: ignore[reportUnknownArgumentType]
+    outer = {key: fields.pop(key) for key in ("description", "default", "examples") if key in fields}
+    if fields.get("type") == "string" and "pattern" not in fields:
+        return {**fields, **outer}
+    return {"anyOf": [fields, {"$ref": "#/$defs/parameter"}], **outer}
+
+
+def spec_schema() -> Schema:
+    """The published schema: what `surgery schema` prints and `schemas/spec.v1.schema.json` holds."""
+    frame = frame_schema()
+    properties = frame["properties"]
+    assert isinstance(properties, dict)
+    for key in ("seed", "output"):
+        _let_parameters_in(properties, key)
+    properties["edits"] = {
+        **properties["edits"],
+        "items": {
+            "type": "object",
+            "required": ["op"],
+            "properties": {"op": {"enum": list(op_names())}},
+            "oneOf": [{"$ref": f"#/$defs/{name}"} for name in op_names()],
+        },
+    }
+    definitions: Schema = {name: edit_schema(name, parameters=True) for name in op_names()}
+    parameter: Mapping[str, object] = {
+        "type": "string",
+        "pattern": r"^\$\{[A-Za-z_]\w*\}$",
+        "description": "The value of a parameter.",
+    }
+    return {
+        "$schema": DIALECT,
+        "$id": "spec.v1.schema.json",
+        "title": "surgery spec, version 1",
+        **frame,
+        "$defs": {"parameter": parameter, **definitions},
+    }
+
+
+def _let_parameters_in(properties: dict[object, object], key: str) -> None:
+    schema = properties[key]
+    assert isinstance(schema, dict)
+    if key == "output":
+        inner: object = schema["properties"]  # pyright: ignore[reportUnknownVariableType]
+        assert isinstance(inner, dict)
+        inner["shard_size"] = _or_parameter(inner["shard_size"])
+    else:
+        properties[key] = _or_parameter(schema)

@@ -1,0 +1,137 @@
+"""Reading source extents into reused buffers, hashing every file on the way.
+
+Each file's sha256 is computed from the very bytes that are used: reads come in file order, and
+what nobody asks for (the header, a dropped tensor) is read for the hash alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from surgery.checkpoint import Checkpoint, SourceFile, TensorEntry
+from surgery.errors import CheckpointError, Problem
+
+__all__ = ["BufferPool", "SourceReader"]
+
+CATCH_UP_BYTES = 1 << 20
+SMALLEST_KEPT = 1 << 18  # smaller buffers come cheap from the allocator
+
+
+class BufferPool:
+    """u8 buffers, kept for reuse by exact size: a stream needs only a few sizes over and over."""
+
+    def __init__(self, most_kept_bytes: int) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+        self._room = most_kept_bytes
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A buffer of exactly `num_bytes`, its content undefined."""
+        free = self._free.get(num_bytes)
+        if free:
+            self._room += num_bytes
+            return free.pop()
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def give_back(self, buffers: Iterable[Tensor]) -> None:
+        """Let `buffers` be reused. The caller must hold no view of them."""
+        for buffer in buffers:
+            num_bytes = buffer.numel()
+            if SMALLEST_KEPT <= num_bytes <= self._room:
+                self._room -= num_bytes
+                self._free.setdefault(num_bytes, []).append(buffer)
+
+
+class _HashedFile:
+    """An open source file and the sha256 of its first `position` bytes."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
+        self.fd = os.open(file.path, os.O_RDONLY)
+        self.sha256 = hashlib.sha256()
+        self.position = 0
+        self._scratch = bytearray(0)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        filled = 0
+        while filled < len(buffer):
+            count = os.preadv(self.fd, [buffer[filled:]], start + filled)
+            if count == 0:
+                raise self.changed("is shorter than its header says")
+            filled += count
+
+    def hash_read(self, buffer: memoryview, start: int) -> None:
+        """Take bytes that were just read into account, first those before them that nobody read."""
+        self.catch_up(start)
+        if start == self.position:
+            self.sha256.update(buffer)
+            self.position += len(buffer)
+
+    def catch_up(self, stop: int) -> None:
+        """Hash what lies before `stop` and is not hashed yet."""
+        while self.position < stop:
+            if not self._scratch:
+                self._scratch = bytearray(CATCH_UP_BYTES)
+            piece = memoryview(self._scratch)[: min(CATCH_UP_BYTES, stop - self.position)]
+            self.read_into(piece, self.position)
+            self.sha256.update(piece)
+            self.position += len(piece)
+
+    def check_unchanged(self) -> None:
+        stat = os.fstat(self.fd)
+        if stat.st_size != self.file.header.file_bytes or stat.st_mtime_ns != self.file.mtime_ns:
+            raise self.changed("has changed since it was planned")
+
+    def changed(self, what: str) -> CheckpointError:
+        return CheckpointError(Problem(what, str(self.file.path), "plan and apply again, and let nothing write to it"))
+
+
+class SourceReader:
+    """Reads extents of a checkpoint's tensors. Used by one thread; close it when done."""
+
+    def __init__(self, checkpoint: Checkpoint, pool: BufferPool) -> None:
+        self._checkpoint = checkpoint
+        self._pool = pool
+        self._files = {file.name: _open(file) for file in checkpoint.files}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes [start, stop) of tensor `name` in a buffer of the pool. Raises CheckpointError."""
+        entry = self._entry(name)
+        file = self._files[entry.file.name]
+        buffer = self._pool.take(stop - start)
+        view = memoryview(buffer.numpy())
+        try:
+            file.read_into(view, entry.start + start)
+        except OSError as error:
+            raise file.changed(f"cannot be read: {error.strerror}") from error
+        file.hash_read(view, entry.start + start)
+        return buffer
+
+    def _entry(self, name: str) -> TensorEntry:
+        return self._checkpoint.tensors[name]
+
+    def finish(self) -> Mapping[str, str]:
+        """The sha256 of every file, hex, after reading what is left of it. Raises CheckpointError if one changed."""
+        for file in self._files.values():
+            file.catch_up(file.file.header.file_bytes)
+            file.check_unchanged()
+        return {name: file.sha256.hexdigest() for name, file in self._files.items()}
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            os.close(file.fd)
+        self._files = {}
+
+
+def _open(file: SourceFile) -> _HashedFile:
+    try:
+        opened = _HashedFile(file)
+    except OSError as error:
+        raise CheckpointError(Problem(f"cannot be opened: {error.strerror}", str(file.path))) from error
+    opened.check_unchanged()
+    return opened

@@ -1,0 +1,103 @@
+"""Holding an output against its manifest: every file hashed anew, a difference traced to its tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from surgery.errors import Problem, VerifyError
+from surgery.evidence import FileRecord
+from surgery.manifest import MANIFEST_NAME, Manifest, read_manifest
+
+__all__ = ["compare_manifests", "verify_output"]
+
+READ_BYTES = 1 << 20
+
+
+def verify_output(out: Path) -> Manifest:
+    """The manifest of `out`. Raises VerifyError naming every file, and tensor, that differs from it."""
+    manifest = read_manifest(out)
+    problems = [problem for record in manifest.files for problem in _check_file(out, record, manifest)]
+    known = {record.name for record in manifest.files} | {MANIFEST_NAME}
+    for name in sorted(set(_files(out)) - known):
+        fix = "remove it, or keep it elsewhere: a loader may pick it up"
+        problems.append(Problem(f"`{name}` is not in the manifest", str(out), fix))
+    if problems:
+        raise VerifyError(*problems)
+    return manifest
+
+
+def _files(out: Path) -> Iterator[str]:
+    for parent, directories, files in os.walk(out):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        yield from (Path(parent, name).relative_to(out).as_posix() for name in files if not name.startswith("."))
+
+
+def _check_file(out: Path, record: FileRecord, manifest: Manifest) -> list[Problem]:
+    path = out / record.name
+    fix = "apply again, or copy the file again"
+    if not path.resolve().is_relative_to(out.resolve()):
+        return [Problem(f"`{record.name}` leads out of the output", str(out), fix)]
+    if not path.is_file():
+        return [Problem(f"`{record.name}` is missing", str(out), fix)]
+    num_bytes = path.stat().st_size
+    if num_bytes != record.num_bytes:
+        return [
+            Problem(f"`{record.name}` has {num_bytes} bytes, it was written with {record.num_bytes}", str(out), fix)
+        ]
+    if _hash(path, 0, num_bytes) == record.sha256:
+        return []
+    damaged = _damaged_tensors(path, record.name, manifest)
+    where = f" in tensor {', '.join(f'`{name}`' for name in damaged)}" if damaged else ""
+    if not damaged and record.name.endswith(".safetensors"):
+        where = " in its header"
+    return [Problem(f"`{record.name}` differs from what was written{where}", str(out), fix)]
+
+
+def _hash(path: Path, start: int, stop: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop:
+            piece = file.read(min(READ_BYTES, stop - start))
+            if not piece:
+                break
+            digest.update(piece)
+            start += len(piece)
+    return digest.hexdigest()
+
+
+def _damaged_tensors(path: Path, file: str, manifest: Manifest) -> list[str]:
+    data_start = path.stat().st_size - _data_bytes(file, manifest)
+    damaged: list[str] = []
+    for name, entry in manifest.tensors.items():
+        if entry["file"] == file:
+            start, stop = cast("list[int]", entry["data_offsets"])
+            if _hash(path, data_start + start, data_start + stop) != entry["sha256"]:
+                damaged.append(name)
+    return damaged
+
+
+def _data_bytes(file: str, manifest: Manifest) -> int:
+    """The bytes after the header: counted from the manifest, since the header may be what is damaged."""
+    stops = [
+        cast("list[int]", entry["data_offsets"])[1] for entry in manifest.tensors.values() if entry["file"] == file
+    ]
+    return max(stops, default=0)
+
+
+def compare_manifests(first: Manifest, second: Manifest) -> None:
+    """Raises VerifyError naming what a second run made differently."""
+    problems: list[Problem] = []
+    for name, entry in first.tensors.items():
+        other = second.tensors.get(name, cast(Mapping[str, object], {}))
+        if other.get("sha256") != entry["sha256"]:
+            problems.append(Problem(f"tensor `{name}` came out differently"))
+    before, after = ({record.name: record.sha256 for record in item.files} for item in (first, second))
+    problems += [Problem(f"file `{name}` came out differently") for name in before if before[name] != after.get(name)]
+    if problems:
+        fix = "compare the versions in the manifest with those installed"
+        raise VerifyError(*problems[:8], Problem(f"{len(problems)} differences in all", fix=fix))

@@ -1,0 +1,197 @@
+"""The whole output of a plan, from the first header to the rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+from surgery.errors import CheckpointError, OutputError, Problem
+from surgery.evidence import FileRecord, TensorRecord
+from surgery.layout import OutputFile
+from surgery.manifest import MANIFEST_NAME, Manifest, make_manifest
+from surgery.plan import Plan
+from surgery.stream import Resources, Stream
+from surgery.write.place import Workplace
+from surgery.write.weights import WeightWriter
+
+__all__ = ["ProgressReport", "write_output"]
+
+JOURNAL_NAME = ".surgery-journal"
+INDEX_NAME = "model.safetensors.index.json"
+COPY_BYTES = 1 << 20
+
+ProgressReport = Callable[[int, int], None]
+"""Called with bytes written so far, and in all."""
+
+
+def write_output(
+    plan: Plan, out: Path, resources: Resources, *, overwrite: bool, resume: bool, report: ProgressReport
+) -> Manifest:
+    """Do what `plan` says. OUT appears whole, by one rename, or not at all.
+
+    Raises OutputError before anything is written if OUT cannot be, CheckpointError and OpError while
+    streaming; the shards that were finished by then are kept for `resume`.
+    """
+    workplace = Workplace(out, overwrite=overwrite)
+    workplace.check(plan)
+    resources.fitted(plan.cost)
+    try:
+        workplace.open(keep=resume)
+        try:
+            manifest = _fill(plan, workplace.path, resources, report, resume=resume)
+            workplace.publish()
+        except BaseException:
+            if not _Journal(workplace.path / JOURNAL_NAME, plan.digest).has_entries():
+                workplace.remove()
+            raise
+        finally:
+            workplace.close()
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        fix = "mend that, and run the same command with --resume"
+        raise OutputError(Problem(f"cannot be written: {error.strerror or error}", str(out), fix)) from error
+    return manifest
+
+
+def _fill(plan: Plan, directory: Path, resources: Resources, report: ProgressReport, *, resume: bool) -> Manifest:
+    journal = _Journal(directory / JOURNAL_NAME, plan.digest)
+    finished = journal.finished(directory) if resume else {}
+    journal.start(finished)
+    stream = Stream(plan, resources)
+    try:
+        weights = _write_weights(plan, directory, stream, finished, journal, report)
+        source_hashes = stream.source_hashes()
+    finally:
+        stream.close()
+    others = _write_others(plan, directory)
+    manifest = make_manifest(plan, source_hashes, [*weights, *others])
+    _write_synced(directory / MANIFEST_NAME, manifest.encode())
+    (directory / JOURNAL_NAME).unlink()
+    return Manifest(cast(Mapping[str, object], json.loads(manifest.encode())))
+
+
+def _write_weights(
+    plan: Plan,
+    directory: Path,
+    stream: Stream,
+    finished: Mapping[str, FileRecord],
+    journal: _Journal,
+    report: ProgressReport,
+) -> list[FileRecord]:
+    total = sum(file.num_bytes for file in plan.layout.files)
+    done = sum(record.num_bytes for record in finished.values())
+    records = dict(finished)
+    todo = [file for file in plan.layout.files if file.name not in finished]
+    writer: WeightWriter | None = None
+    current: OutputFile | None = None
+    try:
+        for chunk in stream.chunks(todo):
+            if chunk.file is not current:
+                if writer and current:
+                    records[current.name] = journal.add(writer.finish())
+                writer, current = WeightWriter(chunk.file, directory), chunk.file
+            assert writer is not None
+            writer.write(chunk)
+            done += len(chunk.data)
+            report(done, total)
+        if writer and current:
+            records[current.name] = journal.add(writer.finish())
+    finally:
+        if writer:
+            writer.close()
+    report(total, total)
+    return [records[file.name] for file in plan.layout.files]
+
+
+class _Journal:
+    """The weight files that are finished, with their evidence: what `resume` need not do again."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self._path = path
+        self._digest = digest
+
+    def has_entries(self) -> bool:
+        """Whether there is anything to resume from."""
+        return self._path.exists() and self._path.read_text().count("\n") > 1
+
+    def finished(self, directory: Path) -> dict[str, FileRecord]:
+        """Files of an earlier run of the same plan whose bytes still have their hash."""
+        if not self._path.exists():
+            return {}
+        digest, *lines = self._path.read_text().split("\n")
+        if digest != self._digest:
+            what = "was begun by another plan: the spec, the source or the options differ"
+            fix = "run without --resume to begin anew, or with the spec and source of the run to be resumed"
+            raise OutputError(Problem(what, str(directory), fix))
+        records = [_decode_record(line) for line in lines if line.endswith("}")]
+        return {record.name: record for record in records if _hash_file(directory / record.name) == record.sha256}
+
+    def start(self, finished: Mapping[str, FileRecord]) -> None:
+        """Begin the journal with what is finished already."""
+        self._path.write_text(self._digest + "\n")
+        for record in finished.values():
+            self.add(record)
+
+    def add(self, record: FileRecord) -> FileRecord:
+        """Note a finished file."""
+        tensors = [[item.name, item.sha256, item.max_error, item.rms_error] for item in record.tensors]
+        entry = {"name": record.name, "bytes": record.num_bytes, "sha256": record.sha256, "tensors": tensors}
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return record
+
+
+def _decode_record(line: str) -> FileRecord:
+    entry = cast("dict[str, object]", json.loads(line))
+    tensors = cast("list[tuple[str, str, float | None, float | None]]", entry["tensors"])
+    records = tuple(TensorRecord(*tensor) for tensor in tensors)
+    return FileRecord(cast(str, entry["name"]), cast(int, entry["bytes"]), cast(str, entry["sha256"]), records)
+
+
+def _hash_file(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_others(plan: Plan, directory: Path) -> list[FileRecord]:
+    """Index, config and side files, sorted by name."""
+    contents = {INDEX_NAME: plan.layout.index, "config.json": plan.config}
+    records = [_write_synced(directory / name, content) for name, content in contents.items() if content]
+    for name in plan.checkpoint.sides.copied:
+        records.append(_copy(plan.checkpoint.path / name, directory / name, name))
+    return sorted(records, key=lambda record: record.name)
+
+
+def _write_synced(path: Path, content: bytes) -> FileRecord:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(path.name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _copy(source: Path, target: Path, name: str) -> FileRecord:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    num_bytes = 0
+    try:
+        reader = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(Problem(f"cannot be read: {error.strerror}", str(source))) from error
+    with reader, target.open("wb") as writer:
+        while piece := reader.read(COPY_BYTES):
+            digest.update(piece)
+            num_bytes += len(piece)
+            writer.write(piece)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return FileRecord(name, num_bytes, digest.hexdigest())

@@ -1,0 +1,130 @@
+"""The directory an output grows in, and its one appearance under its own name."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from surgery.errors import OutputError, Problem
+from surgery.plan import Plan
+from surgery.sizes import format_decimal
+
+__all__ = ["Workplace"]
+
+LOCK_NAME = ".surgery-lock"
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+class Workplace:
+    """A hidden sibling of OUT, locked while a run writes into it."""
+
+    def __init__(self, out: Path, *, overwrite: bool) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.path = self.out.with_name(f".{self.out.name}.surgery-partial")
+        self._overwrite = overwrite
+        self._lock_fd = -1
+
+    def check(self, plan: Plan) -> None:
+        """Raises OutputError for what can be known before a byte is written."""
+        source = plan.checkpoint.path.resolve()
+        out = self.out.resolve()
+        if self.out.name in ("", "..") or out == source or source.is_relative_to(out):
+            what = "is the source, or holds it"
+            raise OutputError(Problem(what, str(self.out), "name another directory: the source is never written"))
+        if os.path.lexists(self.out) and not self._overwrite:
+            fix = "name another directory, or give --overwrite to replace it"
+            raise OutputError(Problem("exists already", str(self.out), fix))
+        if os.path.lexists(self.out) and Path.cwd().is_relative_to(out):
+            raise OutputError(Problem("is where you are: it cannot be replaced", str(self.out), "go elsewhere"))
+        self._check_room(plan)
+
+    def _check_room(self, plan: Plan) -> None:
+        parent = next(path for path in self.out.parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(Problem("cannot be written to", str(parent), "name a directory that you may write to"))
+        free = shutil.disk_usage(parent).free
+        if self.path.exists():
+            free += sum(file.stat().st_blocks * 512 for file in self.path.iterdir() if file.is_file())
+        if free < plan.cost.bytes_written:
+            have, need = format_decimal(free), format_decimal(plan.cost.bytes_written)
+            raise OutputError(Problem(f"has {have} free, the output takes {need}", str(parent), "free some space"))
+
+    def open(self, *, keep: bool) -> None:
+        """Make the directory and lock it; what an earlier run left is removed unless `keep`.
+
+        Raises OutputError if another run is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_fd = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            what = "is being written by another run of surgery"
+            raise OutputError(Problem(what, str(self.out), "wait for it, or name another directory")) from None
+        if not keep:
+            self._clear()
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_NAME:
+                entry.unlink()
+
+    def remove(self) -> None:
+        """Throw away what was written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Sync, and let the directory appear as OUT by one rename. What OUT was before goes then."""
+        (self.path / LOCK_NAME).unlink()
+        for directory, _, _ in os.walk(self.path):
+            _sync(Path(directory))
+        if os.path.lexists(self.out):
+            _exchange(self.path, self.out)
+            self._remove_old()
+        else:
+            os.rename(self.path, self.out)
+        _sync(self.out.parent)
+
+    def _remove_old(self) -> None:
+        if self.path.is_dir() and not self.path.is_symlink():
+            shutil.rmtree(self.path)
+        else:
+            self.path.unlink()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two paths in one step; where the system cannot, `old` is absent for a moment."""
+    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    if hasattr(libc, "renameat2"):
+        arguments = (AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
+        if libc.renameat2(*arguments) == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    aside = new.with_name(f"{new.name}-replaced")
+    os.rename(old, aside)
+    os.rename(new, old)
+    os.rename(aside, new)

@@ -1,0 +1,97 @@
+"""Writing one weight file at planned offsets, hashing each tensor and the file on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.evidence import FileRecord, TensorRecord
+from surgery.graph import TileError
+from surgery.layout import OutputFile, Placed
+
+if TYPE_CHECKING:
+    from surgery.stream import Chunk
+
+__all__ = ["WeightWriter"]
+
+READ_BACK_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One tensor while it is written."""
+
+    num_bytes: int = 0
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)  # pyright: ignore[reportPrivateUsage]
+    errors: list[TileError] = field(default_factory=list[TileError])
+
+
+class WeightWriter:
+    """Writes the chunks of one file. Bytes that come out of file order are read back for its hash."""
+
+    def __init__(self, file: OutputFile, directory: Path) -> None:
+        self._file = file
+        self._fd = os.open(directory / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._progress = {placed.name: _Progress() for placed in file.tensors}
+        self._sha256 = hashlib.sha256()
+        self._hashed = 0
+        self._write(memoryview(file.header), 0)
+
+    def write(self, chunk: Chunk) -> None:
+        """Write a chunk; those of one tensor come in order."""
+        progress = self._progress[chunk.placed.name]
+        if chunk.start != progress.num_bytes or chunk.start + len(chunk.data) > _num_bytes(chunk.placed):
+            raise AssertionError(f"chunk of {chunk.placed.name} at {chunk.start}, expected {progress.num_bytes}")
+        progress.num_bytes += len(chunk.data)
+        progress.sha256.update(chunk.data)
+        if chunk.error is not None:
+            progress.errors.append(chunk.error)
+        self._write(chunk.data, len(self._file.header) + chunk.placed.start + chunk.start)
+
+    def _write(self, data: memoryview, position: int) -> None:
+        if position == self._hashed:
+            self._sha256.update(data)
+            self._hashed += len(data)
+        while len(data):
+            count = os.pwrite(self._fd, data, position)
+            data, position = data[count:], position + count
+
+    def finish(self) -> FileRecord:
+        """Sync the file to disk and return its evidence. Every byte that was planned must be written."""
+        for placed in self._file.tensors:
+            if self._progress[placed.name].num_bytes != _num_bytes(placed):
+                raise AssertionError(f"{placed.name} is not whole")
+        self._read_back()
+        os.fsync(self._fd)
+        self.close()
+        tensors = tuple(_record(name, progress) for name, progress in self._progress.items())
+        return FileRecord(self._file.name, self._file.num_bytes, self._sha256.hexdigest(), tensors)
+
+    def _read_back(self) -> None:
+        while self._hashed < self._file.num_bytes:
+            data = os.pread(self._fd, min(READ_BACK_BYTES, self._file.num_bytes - self._hashed), self._hashed)
+            self._sha256.update(data)
+            self._hashed += len(data)
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _num_bytes(placed: Placed) -> int:
+    return placed.stop - placed.start
+
+
+def _record(name: str, progress: _Progress) -> TensorRecord:
+    digest = progress.sha256.hexdigest()
+    if not progress.errors:
+        return TensorRecord(name, digest, None, None)
+    num_elements = sum(error.num_elements for error in progress.errors)
+    mean_square = math.fsum(error.sum_squares for error in progress.errors) / num_elements
+    return TensorRecord(name, digest, max(error.max_abs for error in progress.errors), math.sqrt(mean_square))

@@ -16,7 +16,7 @@ from surgery.errors import Problem, SurgeryError
 from surgery.sizes import format_decimal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from surgery.write import ProgressReport
 
@@ -153,7 +153,7 @@ def apply(
 
 
 @contextmanager
-def _progress() -> Iterator[ProgressReport]:
+def _progress() -> Generator[ProgressReport]:
     """A bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda done, total: None

@@ -23,7 +23,7 @@ SEAL = "manifest_sha256"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was made, from what, and how exactly. `content` is plain data, its schema `schemas/manifest.v1.schema.json`."""
+    """What was made, from what, and how exactly, as plain data; its schema is `schemas/manifest.v1.schema.json`."""
 
     content: Mapping[str, object]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,7 @@ def _open_directory(directory: Path, hub: str) -> Checkpoint:
 
 def _source_file(name: str, path: Path) -> SourceFile:
     header = read_header(path)
-    return SourceFile(name, path, header, os.stat(path).st_mtime_ns)
+    return SourceFile(name, path, header, path.stat().st_mtime_ns)
 
 
 def _entry(file: SourceFile, name: str) -> TensorEntry:

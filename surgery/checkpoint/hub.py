@@ -35,7 +35,7 @@ def locate(source: str) -> Location:
 
 
 def _fetch(source: str) -> Location:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     repo_id, _, revision = source.partition("@")
     try:

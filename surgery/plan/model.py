@@ -89,7 +89,7 @@ class Plan:
 
     def summary(self) -> dict[str, int]:
         """How many tensors are changed, added, dropped, renamed and copied."""
-        counts = dict.fromkeys(("change", "add", "drop", "rename", "copy"), 0)
+        counts: dict[str, int] = dict.fromkeys(("change", "add", "drop", "rename", "copy"), 0)
         for tensor in self.tensors:
             counts[tensor.action] += 1
         renamed = {tensor.origin for tensor in self.tensors if tensor.name != tensor.origin}

@@ -92,8 +92,6 @@ def _shortened(problems: list[Problem], edit: Edit) -> Iterable[Problem]:
 def _site(match: Match, edit: Edit, names: Names, checkpoint: Checkpoint, graph: Graph, spec: Spec) -> Site:
     held = match.module.tensors if edit.op.selects == "modules" else (match.path,)
     entries = {name: names.entries[name] for name in held}
-    touching = sorted({index for entry in entries.values() for index in entry.edits})
-    touched_by = next((f"{other} at {other.place}" for other in spec.edits if touching and other.index == touching[-1]), "")  # fmt: skip
 
     def read_record(node: Node) -> bytes:
         if not isinstance(node.kernel, Source):
@@ -108,9 +106,15 @@ def _site(match: Match, edit: Edit, names: Names, checkpoint: Checkpoint, graph:
         architecture=names.architecture,
         config=checkpoint.config or {},
         read_record=read_record,
-        touched_by=touched_by,
+        touched_by=_last_edit(entries.values(), spec),
         match=match.match,
     )
+
+
+def _last_edit(entries: Iterable[Entry], spec: Spec) -> str:
+    touching = {index for entry in entries for index in entry.edits}
+    last = next((edit for edit in reversed(spec.edits) if edit.index in touching), None)
+    return f"{last} at {last.place}" if last else ""
 
 
 def _collisions(edit: Edit, rewrites: list[Rewrite], names: Names) -> list[Problem]:

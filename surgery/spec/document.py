@@ -84,7 +84,7 @@ class _Builder:
                 root = loader.get_single_node()
                 data = self._value(loader, root, ()) if root else None
             finally:
-                loader.dispose()
+                loader.dispose()  # pyright: ignore[reportUnknownMemberType]
         except yaml.YAMLError as error:
             raise SpecError(self._syntax_problem(error)) from None
         except (RecursionError, ValueError) as error:

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["load_spec"]
 
 DEFAULT_SHARD_SIZE = "5GB"
-JSON_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a map"}
+JSON_NAMES: dict[type, str] = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "a map",
+}
 
 
 def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> Spec:
@@ -55,9 +62,8 @@ class _Loader:
         data = substitute(self.parameters, self.document.data)
         self.problems += self.parameters.problems
         self._check(data, frame_schema(), ())
-        fields = cast(Mapping[str, object], data) if isinstance(data, Mapping) else {}
-        entries = fields.get("edits")
-        edits = [self._edit(index, entry) for index, entry in enumerate(cast(list[object], entries or []))] if isinstance(entries, list) else []  # fmt: skip
+        fields = _map(data)
+        edits = [self._edit(index, entry) for index, entry in enumerate(_list(fields.get("edits")))]
         self._check_edits(edits)
         shard_bytes = self._shard_bytes(fields)
         self._check_models(fields)
@@ -78,7 +84,7 @@ class _Loader:
     def _check(self, data: object, schema: Mapping[str, object], keys: Keys) -> bool:
         from jsonschema import Draft202012Validator
 
-        errors = list(Draft202012Validator(schema).iter_errors(data))  # pyright: ignore[reportUnknownMemberType]
+        errors = list(Draft202012Validator(schema).iter_errors(data))  # pyright: ignore[reportUnknownMemberType, reportArgumentType]
         for error in errors:
             path = cast("Iterable[str | int]", error.absolute_path)
             self._report_violation(error, (*keys, *path), schema)
@@ -121,7 +127,7 @@ class _Loader:
         keys: Keys = ("edits", index)
         if not isinstance(entry, dict):
             return None  # reported by the frame's schema
-        fields = cast(dict[str, object], entry)
+        fields = _map(cast(object, entry))
         name = fields.get("op")
         if not isinstance(name, str) or name not in op_names():
             self._report_unknown_op(name, keys)
@@ -132,8 +138,7 @@ class _Loader:
         patterns = self._patterns(fields, op_class, keys)
         if patterns is None:
             return None
-        names = {field_name: key for field_name, key in _field_keys(op_class)}
-        values = {field: fields[key] for field, key in names.items() if key in fields}
+        values = {name: _typed(fields[key]) for name, key in _field_keys(op_class) if key in fields}
         op = op_class(**values)
         mistake = op.check(patterns.regexes)
         if mistake:
@@ -180,8 +185,7 @@ class _Loader:
                     self.problems.append(Problem(what, edit.place, "make them agree"))
 
     def _shard_bytes(self, fields: Mapping[str, object]) -> int:
-        output = fields.get("output")
-        size = cast(Mapping[str, object], output).get("shard_size") if isinstance(output, Mapping) else None
+        size = _map(fields.get("output")).get("shard_size")
         try:
             return parse_size(cast("str | int", size or DEFAULT_SHARD_SIZE))
         except ValueError as error:
@@ -190,9 +194,21 @@ class _Loader:
             return 0
 
     def _check_models(self, fields: Mapping[str, object]) -> None:
-        models = fields.get("models")
-        for name in cast(Mapping[str, object], models) if isinstance(models, Mapping) else ():
+        for name in _map(fields.get("models")):
             self._report(f"model `{name}` is used by no edit", ("models", name), "use it in an edit, or remove it")
+
+
+def _map(value: object) -> Mapping[str, object]:
+    return cast(Mapping[str, object], value) if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[object]:
+    return cast(list[object], value) if isinstance(value, list) else []
+
+
+def _typed(value: object) -> object:
+    """JSON knows one kind of number: 64.0 is 64."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _field_keys(op: type[Op]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ have values, and the published one for editors, in which `${NAME}` may stand for
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from typing import cast
 
 from surgery.op import Op, find_op, op_names, options_of
 from surgery.sizes import SIZE_PATTERN
@@ -30,8 +30,20 @@ _SELECTING = {
 }
 
 
-def frame_schema() -> Schema:
-    """The spec but for what each edit may hold."""
+def frame_schema(*, parameters: bool = False) -> Schema:
+    """The spec but for what each edit may hold; `parameters`: `${NAME}` may stand for a value."""
+    variable = _or_parameter if parameters else dict
+    shard_size: Schema = {
+        "description": "The largest shard: 5GB is 5·10⁹ bytes, 2GiB 2·2³⁰. Default 5GB.",
+        "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 1}],
+        "default": "5GB",
+    }
+    seed: Schema = {
+        "type": "integer",
+        "minimum": 0,
+        "default": 0,
+        "description": "Seed of everything random; with the tensor's name it fixes every draw.",
+    }
     return {
         "type": "object",
         "required": ["version", "source", "edits"],
@@ -63,20 +75,9 @@ def frame_schema() -> Schema:
                 "type": "object",
                 "additionalProperties": False,
                 "description": "How the output is laid out.",
-                "properties": {
-                    "shard_size": {
-                        "description": "The largest shard: 5GB is 5·10⁹ bytes, 2GiB 2·2³⁰. Default 5GB.",
-                        "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 1}],
-                        "default": "5GB",
-                    }
-                },
+                "properties": {"shard_size": variable(shard_size)},
             },
-            "seed": {
-                "type": "integer",
-                "minimum": 0,
-                "default": 0,
-                "description": "Seed of everything random; with the tensor's name it fixes every draw.",
-            },
+            "seed": variable(seed),
         },
     }
 
@@ -84,7 +85,7 @@ def frame_schema() -> Schema:
 def edit_schema(name: str, *, parameters: bool = False) -> Schema:
     """The schema of one edit with the op `name`; `parameters`: `${NAME}` may stand for a value."""
     op = find_op(name)
-    properties: Schema = {"op": {"const": name, "description": _summary(op)}}
+    properties: dict[str, Schema] = {"op": {"const": name, "description": _summary(op)}}
     properties[op.selects] = {**_PATTERNS, "description": _SELECTING[op.selects]}
     properties["except"] = {**_PATTERNS, "description": _SELECTING["except"]}
     properties["expect"] = {
@@ -111,9 +112,8 @@ def _summary(op: type[Op]) -> str:
     return inspect.cleandoc(op.__doc__ or "").splitlines()[0]
 
 
-def _or_parameter(schema: object) -> object:
-    assert isinstance(schema, dict)
-    fields: Schema = dict(schema)  # pyright: ignore[reportUnknownArgumentType]
+def _or_parameter(schema: Schema) -> Schema:
+    fields = dict(schema)
     outer = {key: fields.pop(key) for key in ("description", "default", "examples") if key in fields}
     if fields.get("type") == "string" and "pattern" not in fields:
         return {**fields, **outer}
@@ -122,26 +122,20 @@ def _or_parameter(schema: object) -> object:
 
 def spec_schema() -> Schema:
     """The published schema: what `surgery schema` prints and `schemas/spec.v1.schema.json` holds."""
-    frame = frame_schema()
-    properties = frame["properties"]
-    assert isinstance(properties, dict)
-    for key in ("seed", "output"):
-        _let_parameters_in(properties, key)
-    properties["edits"] = {
-        **properties["edits"],
-        "items": {
-            "type": "object",
-            "required": ["op"],
-            "properties": {"op": {"enum": list(op_names())}},
-            "oneOf": [{"$ref": f"#/$defs/{name}"} for name in op_names()],
-        },
+    frame = frame_schema(parameters=True)
+    properties = cast("dict[str, Schema]", frame["properties"])
+    properties["edits"]["items"] = {
+        "type": "object",
+        "required": ["op"],
+        "properties": {"op": {"enum": list(op_names())}},
+        "oneOf": [{"$ref": f"#/$defs/{name}"} for name in op_names()],
     }
-    definitions: Schema = {name: edit_schema(name, parameters=True) for name in op_names()}
-    parameter: Mapping[str, object] = {
+    parameter: Schema = {
         "type": "string",
         "pattern": r"^\$\{[A-Za-z_]\w*\}$",
         "description": "The value of a parameter.",
     }
+    definitions = {name: edit_schema(name, parameters=True) for name in op_names()}
     return {
         "$schema": DIALECT,
         "$id": "spec.v1.schema.json",
@@ -149,14 +143,3 @@ def spec_schema() -> Schema:
         **frame,
         "$defs": {"parameter": parameter, **definitions},
     }
-
-
-def _let_parameters_in(properties: dict[object, object], key: str) -> None:
-    schema = properties[key]
-    assert isinstance(schema, dict)
-    if key == "output":
-        inner: object = schema["properties"]  # pyright: ignore[reportUnknownVariableType]
-        assert isinstance(inner, dict)
-        inner["shard_size"] = _or_parameter(inner["shard_size"])
-    else:
-        properties[key] = _or_parameter(schema)

@@ -103,7 +103,7 @@ class SourceReader:
         entry = self._entry(name)
         file = self._files[entry.file.name]
         buffer = self._pool.take(stop - start)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         try:
             file.read_into(view, entry.start + start)
         except OSError as error:

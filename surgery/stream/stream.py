@@ -163,7 +163,7 @@ class Stream:
                 stop = min(start + COPY_BYTES, num_bytes)
                 self._budget.acquire(stop - start)
                 buffer = self._reader.read(kernel.name, start, stop)
-                chunk = Chunk(group.file, placed, start, memoryview(buffer.numpy()), None)
+                chunk = Chunk(group.file, placed, start, buffer.numpy().data, None)
                 self._queue.put(_Item(_finished([chunk]), partial(self._give_back, [buffer], stop - start)))
 
     def _give_back(self, buffers: Iterable[Tensor], num_bytes: int) -> None:
@@ -345,7 +345,7 @@ def _num_bytes(read: Read) -> int:
 
 def _bytes_of(value: Tensor) -> memoryview:
     flat = value.cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _dtype(node: Node) -> torch.dtype:

@@ -25,7 +25,7 @@ class Workplace:
     """A hidden sibling of OUT, locked while a run writes into it."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = Path.cwd() / out
         self.path = self.out.with_name(f".{self.out.name}.surgery-partial")
         self._overwrite = overwrite
         self._lock_fd = -1
@@ -91,7 +91,7 @@ class Workplace:
             _exchange(self.path, self.out)
             self._remove_old()
         else:
-            os.rename(self.path, self.out)
+            self.path.rename(self.out)
         _sync(self.out.parent)
 
     def _remove_old(self) -> None:
@@ -125,6 +125,6 @@ def _exchange(new: Path, old: Path) -> None:
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
     aside = new.with_name(f"{new.name}-replaced")
-    os.rename(old, aside)
-    os.rename(new, old)
-    os.rename(aside, new)
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)

@@ -44,7 +44,7 @@ def patch_config(
     quantized = [module.path for module in modules.values() if module.is_quantized]
     if not quantized:
         return {key: value for key, value in config.items() if key != KEY}
-    earlier = cast(Mapping[str, object], config[KEY]) if is_bitsandbytes(config) else {}
+    earlier: Mapping[str, object] = cast(Mapping[str, object], config[KEY]) if is_bitsandbytes(config) else {}
     entry = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

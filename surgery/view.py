@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
+from surgery.checkpoint.modules import Module
 from surgery.graph import bits_per_element
 from surgery.inspection import Inspection
 from surgery.manifest import Manifest
@@ -116,11 +117,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def inspection_text(inspection: Inspection) -> str:
-    """Module tree with types, folded; then sizes and how it is quantized."""
-    rows: list[Row] = []
-    for module in inspection.modules.values():
-        for name, type_ in module.tensors.items():
-            rows.append((" ", name, f"{type_}  {module.kind.value}"))
+    """Module tree with kinds, types and sizes, folded; then how it is quantized."""
+    rows = [(" ", module.path or "(root)", _module_text(module)) for module in inspection.modules.values()]
     checkpoint = inspection.checkpoint
     lines = _table(rows)
     model_type = f"{inspection.model_type}, " if inspection.model_type else ""
@@ -131,6 +129,17 @@ def inspection_text(inspection: Inspection) -> str:
     lines += [f"quantized: {label}, {_count(count, 'module')}" for label, count in inspection.quantization().items()]
     lines += [f"note: {note}" for note in checkpoint.notes]
     return "\n".join(lines)
+
+
+def _module_text(module: Module) -> str:
+    start = len(module.path) + 1 if module.path else 0
+    tensors = {name[start:]: type_ for name, type_ in module.tensors.items()}
+    formats = {name.rpartition("__")[2] for name in tensors if ".quant_state." in name}
+    shown = {name: str(type_) for name, type_ in tensors.items() if not name.startswith("weight.")}
+    for label in formats:
+        shown["weight"] = f"{label} {shown.get('weight', '')}"
+    size = format_decimal(sum(type_.num_bytes for type_ in tensors.values()))
+    return f"{module.kind.value:9}  {', '.join(f'{name} {type_}' for name, type_ in shown.items())}  {size}"
 
 
 # Manifests

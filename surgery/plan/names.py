@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from surgery.checkpoint import Checkpoint
@@ -67,26 +67,27 @@ def _initial(checkpoint: Checkpoint, graph: Graph) -> Names:
 def _apply(selection: Selection, names: Names, checkpoint: Checkpoint, graph: Graph, spec: Spec) -> Names:
     edit = selection.edit
     rewrites: list[Rewrite] = []
-    problems: list[Problem] = []
+    refusals: list[tuple[str, Problem]] = []
     for match in selection.matches:
         try:
             rewrites.append(edit.op.rewrite(_site(match, edit, names, checkpoint, graph, spec)))
         except OpError as error:
-            problems += [Problem(problem.what, f"{edit.place}", problem.fix) for problem in error.problems]
-    problems += _collisions(edit, rewrites, names)
+            refusals += [(match.path, problem) for problem in error.problems]
+    problems = [*_folded(refusals, edit), *_collisions(edit, rewrites, names)]
     if problems:
-        raise OpError(*_shortened(problems, edit))
+        raise OpError(*problems)
     return _rewritten(edit, rewrites, names)
 
 
-MOST_PROBLEMS = 8
-
-
-def _shortened(problems: list[Problem], edit: Edit) -> Iterable[Problem]:
-    """The first few: one wrong regex can be refused at thousands of sites."""
-    yield from problems[:MOST_PROBLEMS]
-    if len(problems) > MOST_PROBLEMS:
-        yield Problem(f"and {len(problems) - MOST_PROBLEMS} more of {edit} like these", edit.place)
+def _folded(refusals: list[tuple[str, Problem]], edit: Edit) -> Iterator[Problem]:
+    """One problem for all sites that are refused for the same reason: a regex can match thousands."""
+    reasons: dict[tuple[str, str], list[tuple[str, Problem]]] = {}
+    for path, problem in refusals:
+        reason = (problem.what.replace(path, ""), problem.fix.replace(path, ""))
+        reasons.setdefault(reason, []).append((path, problem))
+    for (path, problem), *others in reasons.values():
+        more = f" (and {len(others)} more {edit.op.selects} like it)" if others else ""
+        yield Problem(problem.what.replace(f"`{path}`", f"`{path}`{more}", 1), edit.place, problem.fix)
 
 
 def _site(match: Match, edit: Edit, names: Names, checkpoint: Checkpoint, graph: Graph, spec: Spec) -> Site:

@@ -86,11 +86,12 @@ class _Loader:
 
         errors = list(Draft202012Validator(schema).iter_errors(data))  # pyright: ignore[reportUnknownMemberType, reportArgumentType]
         for error in errors:
-            path = cast("Iterable[str | int]", error.absolute_path)
-            self._report_violation(error, (*keys, *path), schema)
+            place = (*keys, *cast("Iterable[str | int]", error.absolute_path))
+            if place not in self.parameters.unresolved:
+                self._report_violation(error, place)
         return not errors
 
-    def _report_violation(self, error: ValidationError, keys: Keys, schema: Mapping[str, object]) -> None:
+    def _report_violation(self, error: ValidationError, keys: Keys) -> None:
         value = cast(object, error.instance)
         allowed = cast(object, error.validator_value)
         if error.validator == "additionalProperties" and isinstance(allowed, bool):
@@ -189,7 +190,8 @@ class _Loader:
         try:
             return parse_size(cast("str | int", size or DEFAULT_SHARD_SIZE))
         except ValueError as error:
-            if isinstance(size, str | int):
+            place = self.document.place(("output", "shard_size"))
+            if all(problem.at != place for problem in self.problems):
                 self._report(str(error), ("output", "shard_size"))
             return 0
 

@@ -22,7 +22,7 @@ class Parameters:
     def __init__(self, document: Document, settings: Mapping[str, object]) -> None:
         self.document = document
         self.problems: list[Problem] = []
-        self.used: set[str] = set()
+        self.unresolved: set[Keys] = set()
         self.values: dict[str, object] = dict(self._defaults())
         for name, value in settings.items():
             self._set(name, value)
@@ -50,7 +50,8 @@ class Parameters:
         return _REFERENCE.sub(lambda match: str(self._value(match[1], keys)), text)
 
     def _value(self, name: str, keys: Keys) -> object:
-        self.used.add(name)
+        if self.values.get(name) is None:
+            self.unresolved.add(keys)
         if name not in self.values:
             what = f"`${{{name}}}` names no parameter"
             fix = _did_you_mean(name, self.values) or f"add `{name}` to `params`"

@@ -1,0 +1,5 @@
+"""How fast, and in how much memory: `python -m tests.bench kernel|convert|tensor`.
+
+Plain scripts that print tables; nothing here asserts a time. Machines are noisy, so what is
+compared runs in turn, and medians and ratios are given beside each round.
+"""

@@ -32,9 +32,12 @@ class Kind(Enum):
 
 EMBEDDINGS = re.compile(
     r"(.*\.)?(embed_tokens|tok_embeddings|embed_positions|embed_in|wte|wpe|shared|word_embeddings|embeddings?"
-    r"|position_embeddings?|token_type_embeddings|relative_attention_bias|embed_tokens_per_layer|embed_tokens_extend)"
+    r"|position_embeddings?|token_embeddings?|token_type_embeddings|relative_attention_bias|embed_tokens_per_layer|embed_tokens_extend)"
 )
-HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection)|cls\.predictions\.decoder|output|generator_lm_head")
+HEADS = re.compile(
+    r"(.*\.)?(lm_head|embed_out|output_projection)|cls\.predictions\.decoder|output|generator_lm_head"
+    r"|classifier(\..*)?|score|qa_outputs"  # of a task, at the top of the model
+)
 EXPERTS = re.compile(r"(.*\.)?(experts|local_experts|expert_mlps)(\..*)?")
 ROUTERS = re.compile(r"(.*\.)?(gate|router|router\.classifier|shared_expert_gate)")
 

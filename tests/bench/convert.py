@@ -62,8 +62,8 @@ def _print_medians(usages: dict[str, list[Usage]]) -> None:
     head = ["median", "wall s", "cpu s", "peak RSS MiB", "of it anonymous", "beyond imports", "beyond its own imports"]
     print_table(head, [[name, *(f"{s:.2f}" for s in cells[:2]), *map(mib, cells[2:])] for name, cells in rows])
     peers = dict(rows)[PEER]
-    ratios = [[name, *(_ratio(theirs, ours) for ours, theirs in zip(cells, peers, strict=True))] for name, cells in rows]
-    print_table(["times less than the peer", *head[1:]], [row for row in ratios if row[0] != PEER])
+    ratios = [[name, *map(_ratio, peers, cells)] for name, cells in rows if name != PEER]
+    print_table(["times less than the peer", *head[1:]], ratios)
     print(f"imports: {mib(imports.peak_bytes)} MiB, {imports.wall_s:.2f} s for `{IMPORTS}`")
     print(f"         {mib(peer_imports.peak_bytes)} MiB, {peer_imports.wall_s:.2f} s for the peer's")
     for name in (OURS, SMALL):

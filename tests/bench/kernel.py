@@ -94,9 +94,7 @@ def _codes_alone(w: Tensor) -> Quantized:
         absmax.append(fourbit.block_absmax(tile, BLOCK_SIZE))
         mean.add(absmax[-1])
     offset = mean.result()
-    packed = [
-        fourbit.encode(tile, known, BLOCK_SIZE, "nf4") for tile, known in zip(_tiles(w), absmax, strict=True)
-    ]
+    packed = [fourbit.encode(tile, known, BLOCK_SIZE, "nf4") for tile, known in zip(_tiles(w), absmax, strict=True)]
     nested = [fourbit.nested_encode(known, offset) for known in absmax]
     codes, scales = zip(*nested, strict=True)
     return torch.cat(packed), torch.cat(codes), torch.cat(scales), offset

@@ -11,7 +11,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        cells = [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
         print("  ".join(cells).rstrip(), flush=True)
     print(flush=True)
 

@@ -26,9 +26,10 @@ def is_bitsandbytes(config: Mapping[str, object]) -> bool:
 
 
 def other_method(config: Mapping[str, object]) -> str:
-    """The quantization method in the config, if it is not bitsandbytes; else empty."""
-    method = _method(config)
-    return "" if method == "bitsandbytes" else method
+    """The quantization method in the config, if it is not bitsandbytes' 4-bit; else empty."""
+    if not is_bitsandbytes(config):
+        return _method(config)
+    return "LLM.int8" if cast(Mapping[str, object], config[KEY]).get("load_in_8bit") else ""
 
 
 def patch_config(

@@ -68,8 +68,9 @@ def _refuse_what_will_not_load(site: Site) -> None:
         raise site.refuse("is an MoE expert: transformers cannot load bitsandbytes 4-bit experts", fix)
     if f"{site.path}.weight" not in site.nodes:
         raise site.refuse(f"has no weight; it holds {', '.join(site.nodes)}", "narrow `modules` to Linears")
-    if not module.is_linear and not (kind is Kind.HEAD and not site.architecture.is_tied(site.config)):
-        tied = ", tied to the embedding" if kind is Kind.HEAD else ""
+    is_tied_head = module.path == site.architecture.head and site.architecture.is_tied(site.config)
+    if not module.is_linear and (kind is not Kind.HEAD or is_tied_head):
+        tied = ", tied to the embedding" if is_tied_head else ""
         fix = "narrow `modules`, or take it away with `except`; `modules: all-linear` finds what can be quantized"
         what = f"is no Linear but {_article(kind)} {kind.value}{tied} ({site.nodes[f'{site.path}.weight'].type})"
         raise site.refuse(f"{what}, which bitsandbytes does not quantize", fix)

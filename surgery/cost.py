@@ -13,8 +13,8 @@ __all__ = ["DEFAULT_MEMORY", "TILE_ELEMENTS", "Cost", "cost_of", "tile_elements"
 DEFAULT_MEMORY = 2 << 30
 TILE_ELEMENTS = 1 << 18  # a tile of f32 and what is computed from it stay in a core's cache
 SCRATCH_PER_ELEMENT = 40  # bytes of temporaries of the hungriest kernel, for each element of a tile
-MIN_TILES_IN_FLIGHT = 4
-RUNTIME_BYTES = 12 << 20  # headers, queues, and what the allocator keeps back
+RUNTIME_BYTES = 28 << 20  # headers, queues, tables, and the code pages of kernels that importing torch does not touch
+IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def cost_of(roots: Iterable[Node], bytes_read: int, bytes_written: int) -> Cost:
     nodes = list(toposort(roots))
     tile_bytes = max((tile_elements(node.kernel) * SCRATCH_PER_ELEMENT for node in nodes), default=0)
     whole = max((whole_bytes(node) for node in nodes), default=0)
-    min_memory = RUNTIME_BYTES + tile_bytes * 2 + whole
+    min_memory = RUNTIME_BYTES + tile_bytes + int((tile_bytes + whole) / IN_FLIGHT_SHARE)
     return Cost(bytes_read, bytes_written, min_memory, tile_bytes, whole)
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from surgery.cost import RUNTIME_BYTES, Cost, tile_elements
+from surgery.cost import IN_FLIGHT_SHARE, RUNTIME_BYTES, Cost, tile_elements
 from surgery.errors import OutputError, Problem
 from surgery.graph import Kernel, Node, Source, TiledKernel, TileError, toposort
 from surgery.layout import OutputFile, Placed
@@ -60,13 +60,13 @@ class Resources:
             if cost.largest_whole:
                 what += f" ({format_binary(cost.largest_whole)} for a matrix that is needed whole)"
             raise OutputError(Problem(what, fix=f"give --memory {-(-cost.min_memory // (1 << 20))}MiB or more"))
-        room = self.memory - RUNTIME_BYTES - cost.largest_whole - cost.tile_bytes
-        affordable = room // (2 * cost.tile_bytes) if cost.tile_bytes else self.workers
+        room = self.memory - cost.min_memory
+        affordable = 1 + room // (3 * cost.tile_bytes) if cost.tile_bytes else self.workers
         return Resources(self.memory, max(1, min(self.workers, affordable)), self.device)
 
     def in_flight(self, cost: Cost) -> int:
         """Bytes for what is read and not yet written."""
-        return self.memory - RUNTIME_BYTES - self.workers * cost.tile_bytes
+        return int((self.memory - RUNTIME_BYTES - self.workers * cost.tile_bytes) * IN_FLIGHT_SHARE)
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Stream:
         self._plan = plan
         self._device = resources.device
         self._budget = Budget(resources.in_flight(plan.cost))
-        self._pool = BufferPool(self._budget.total // 4)
+        self._pool = BufferPool(self._budget.total // 8)
         self._reader = SourceReader(plan.checkpoint, self._pool)
         self._queue: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
         self._look_ahead = 2 * resources.workers + 2

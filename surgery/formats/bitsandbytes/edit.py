@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from surgery.checkpoint.architecture import Architecture, Kind
 from surgery.checkpoint.modules import Module
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, OpError
 from surgery.formats.bitsandbytes.config import other_method
 from surgery.formats.bitsandbytes.dequantize import Dequantize4bit
 from surgery.formats.bitsandbytes.quantize import Quantize4bit
@@ -51,36 +51,56 @@ def _dtype_fix(site: Site, weight: Node) -> str:
 
 
 def _refuse_what_will_not_load(site: Site) -> None:
-    module, kind = site.module, site.module.kind
+    for refusal in (_other_method, _quantized_already, _expert, _without_weight, _no_linear, _full_precision):
+        refused = refusal(site)
+        if refused:
+            raise refused
+
+
+def _other_method(site: Site) -> OpError | None:
     method = other_method(site.config)
-    if method:
-        fix = "start from the checkpoint before quantization"
-        raise site.refuse(f"belongs to a checkpoint that is already quantized with {method}", fix)
-    if module.is_quantized:
-        by = f" by {site.touched_by}" if site.touched_by else ""
-        fix = "take it away from one of the edits with `except`, or run `quantize.dequantize` on it first"
-        raise site.refuse(f"is already quantized{by}", fix)
-    if kind is Kind.EXPERT:
-        fix = (
-            r"leave the experts alone (`except: '.*\.experts\..*'`), or quantize them with a compressed-tensors scheme"
-            " such as W4A16, which transformers and vLLM load expert by expert"
-        )
-        raise site.refuse("is an MoE expert: transformers cannot load bitsandbytes 4-bit experts", fix)
-    if f"{site.path}.weight" not in site.nodes:
-        raise site.refuse(f"has no weight; it holds {', '.join(site.nodes)}", "narrow `modules` to Linears")
-    is_tied_head = module.path == site.architecture.head and site.architecture.is_tied(site.config)
-    if not module.is_linear and (kind is not Kind.HEAD or is_tied_head):
-        tied = ", tied to the embedding" if is_tied_head else ""
-        fix = "narrow `modules`, or take it away with `except`; `modules: all-linear` finds what can be quantized"
-        what = f"is no Linear but {_article(kind)} {kind.value}{tied} ({site.nodes[f'{site.path}.weight'].type})"
-        raise site.refuse(f"{what}, which bitsandbytes does not quantize", fix)
-    if site.architecture.keeps_full_precision(site.path):
-        fix = f"take it away with `except: '{site.architecture.full_precision}'`"
-        raise site.refuse("is kept in float32 by transformers, which cannot load it quantized", fix)
+    what = f"belongs to a checkpoint that is already quantized with {method}"
+    return site.refuse(what, "start from the checkpoint before quantization") if method else None
 
 
-def _article(kind: Kind) -> str:
-    return "an" if kind.value[0] in "aeioM" else "a"
+def _quantized_already(site: Site) -> OpError | None:
+    if not site.module.is_quantized:
+        return None
+    by = f" by {site.touched_by}" if site.touched_by else ""
+    fix = "take it away from one of the edits with `except`, or run `quantize.dequantize` on it first"
+    return site.refuse(f"is already quantized{by}", fix)
+
+
+def _expert(site: Site) -> OpError | None:
+    fix = (
+        r"leave the experts alone (`except: '.*\.experts\..*'`), or quantize them with a compressed-tensors scheme"
+        " such as W4A16, which transformers and vLLM load expert by expert"
+    )
+    what = "is an MoE expert: transformers cannot load bitsandbytes 4-bit experts"
+    return site.refuse(what, fix) if site.module.kind is Kind.EXPERT else None
+
+
+def _without_weight(site: Site) -> OpError | None:
+    what = f"has no weight; it holds {', '.join(site.nodes)}"
+    return None if f"{site.path}.weight" in site.nodes else site.refuse(what, "narrow `modules` to Linears")
+
+
+def _no_linear(site: Site) -> OpError | None:
+    kind = site.module.kind
+    is_tied = site.path == site.architecture.head and site.architecture.is_tied(site.config)
+    if site.module.is_linear or (kind is Kind.HEAD and not is_tied):
+        return None
+    article = "an" if kind in (Kind.EMBEDDING, Kind.HEAD, Kind.ROUTER, Kind.OTHER) else "a"
+    named = f"{article} {kind.value}{', tied to the embedding' if is_tied else ''}"
+    what = f"is no Linear but {named} ({site.nodes[f'{site.path}.weight'].type}), which bitsandbytes does not quantize"
+    fix = "narrow `modules`, or take it away with `except`; `modules: all-linear` finds what can be quantized"
+    return site.refuse(what, fix)
+
+
+def _full_precision(site: Site) -> OpError | None:
+    fix = f"take it away with `except: '{site.architecture.full_precision}'`"
+    what = "is kept in float32 by transformers, which cannot load it quantized"
+    return site.refuse(what, fix) if site.architecture.keeps_full_precision(site.path) else None
 
 
 def dequantized(site: Site, dtype: DType | None) -> Rewrite:

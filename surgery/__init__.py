@@ -7,6 +7,8 @@ manifest = surgery.apply(plan, "out", memory="2GiB") # Manifest
 surgery.verify("out")
 """
 
+# A submodule that is imported later would take the place of the function that has its name.
+import surgery.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from surgery import view as _view
 from surgery.api import apply, inspect, load, ops, plan, schema, validate, verify
 from surgery.errors import (

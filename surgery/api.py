@@ -119,7 +119,7 @@ def verify(out: str | Path, *, reproduce: bool = False, source: str | None = Non
     A manifest names a local source by its content only, so `reproduce` needs to be told where it is:
     `source`; a Hub source is known by its commit. Raises VerifyError naming each file and tensor that differs.
     """
-    from surgery.verify import verify_output
+    from surgery.verification import verify_output
 
     manifest = verify_output(Path(out))
     if reproduce:
@@ -128,7 +128,7 @@ def verify(out: str | Path, *, reproduce: bool = False, source: str | None = Non
 
 
 def _reproduce(manifest: Manifest, out: Path, source: str | None) -> None:
-    from surgery.verify import compare_manifests
+    from surgery.verification import compare_manifests
 
     spec = manifest.content["spec"]
     assert isinstance(spec, Mapping)

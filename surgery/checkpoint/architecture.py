@@ -31,7 +31,7 @@ class Kind(Enum):
 
 
 EMBEDDINGS = re.compile(
-    r"(.*\.)?(embed_tokens|tok_embeddings|embed_positions|embed_in|wte|wpe|shared|word_embeddings|embeddings?"
+    r"(.*\.)?(embed_tokens|tokens_embed|positions_embed|tok_embeddings|embed_positions|embed_in|wte|wpe|shared|word_embeddings|embeddings?"
     r"|position_embeddings?|token_embeddings?|token_type_embeddings|relative_attention_bias|embed_tokens_per_layer|embed_tokens_extend)"
 )
 HEADS = re.compile(
@@ -48,9 +48,10 @@ class Architecture:
 
     model_types: tuple[str, ...] = ()
     conv1d: str = ""  # modules whose weight is stored [in, out]
-    head: str = ""  # the output head's path at run time, on disk or tied away
+    heads: tuple[str, ...] = ()  # the output head's path at run time, whether on disk or tied away
     tied: bool = False  # whether the head shares the embedding when the config does not say
     full_precision: str = ""  # Linears that transformers keeps in float32 when it quantizes
+    own_linear: bool = False  # its Linears are a subclass of nn.Linear, which transformers does not quantize
     prefix: str = ""  # the base model inside a model with a head
 
     def kind(self, path: str, weight_shape: tuple[int, ...], siblings: Set[str]) -> Kind:
@@ -67,7 +68,7 @@ class Architecture:
         return self._matrix_kind(path, siblings)
 
     def _matrix_kind(self, path: str, siblings: Set[str]) -> Kind:
-        if path == self.head or HEADS.fullmatch(path):
+        if path in self.heads or HEADS.fullmatch(path):
             return Kind.HEAD
         if EMBEDDINGS.fullmatch(path):
             return Kind.EMBEDDING
@@ -91,35 +92,39 @@ TABLE = (
     Architecture(
         ("llama", "mistral", "ministral", "mixtral", "qwen2_moe", "qwen3_moe", "phi", "phi3", "olmo", "olmo2", "olmoe",
          "stablelm", "starcoder2", "deepseek_v2", "deepseek_v3", "granitemoe", "internlm2", "yi", "smollm3", "glm4"),
-        head="lm_head", prefix="model",
+        heads=("lm_head",), prefix="model",
     ),
-    Architecture(("qwen2", "qwen3", "granite"), head="lm_head", prefix="model"),
-    Architecture(("gemma", "gemma2", "gemma3_text", "cohere", "cohere2"), head="lm_head", tied=True, prefix="model"),
-    Architecture(("opt",), head="lm_head", tied=True, prefix="model"),
-    Architecture(("falcon", "bloom", "mpt", "gpt_bigcode"), head="lm_head", tied=True, prefix="transformer"),
-    Architecture(("gptj", "codegen"), head="lm_head", prefix="transformer"),
-    Architecture(("gpt_neo",), head="lm_head", tied=True, prefix="transformer"),
-    Architecture(("gpt_neox",), head="embed_out", prefix="gpt_neox"),
+    Architecture(("qwen2", "qwen3", "granite"), heads=("lm_head",), prefix="model"),
+    Architecture(
+        ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2"), heads=("lm_head",), tied=True, prefix="model"
+    ),
+    Architecture(("opt",), heads=("lm_head",), tied=True, prefix="model"),
+    Architecture(("falcon",), heads=("lm_head",), tied=True, prefix="transformer", own_linear=True),
+    Architecture(("bloom", "mpt", "gpt_bigcode"), heads=("lm_head",), tied=True, prefix="transformer"),
+    Architecture(("gptj", "codegen"), heads=("lm_head",), prefix="transformer"),
+    Architecture(("gpt_neo",), heads=("lm_head",), tied=True, prefix="transformer"),
+    Architecture(("gpt_neox",), heads=("embed_out", "lm_head"), prefix="gpt_neox"),
     Architecture(
         ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"),
-        conv1d=r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)", head="lm_head", tied=True, prefix="transformer",
+        conv1d=r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)", heads=("lm_head",), tied=True, prefix="transformer",
     ),
-    Architecture(("bert", "mobilebert"), head="cls.predictions.decoder", tied=True, prefix="bert"),
-    Architecture(("roberta", "xlm-roberta", "camembert"), head="lm_head.decoder", tied=True, prefix="roberta"),
-    Architecture(("distilbert",), head="vocab_projector", tied=True, prefix="distilbert"),
-    Architecture(("electra",), head="generator_lm_head", tied=True, prefix="electra"),
-    Architecture(("deberta", "deberta-v2"), head="cls.predictions.decoder", tied=True, prefix="deberta"),
-    Architecture(("mpnet",), head="lm_head.decoder", tied=True, prefix="mpnet"),
+    Architecture(("bert", "mobilebert"), heads=("cls.predictions.decoder",), tied=True, prefix="bert"),
+    Architecture(("roberta", "xlm-roberta", "camembert"), heads=("lm_head.decoder",), tied=True, prefix="roberta"),
+    Architecture(("albert",), heads=("predictions.decoder",), tied=True, prefix="albert"),
+    Architecture(("distilbert",), heads=("vocab_projector",), tied=True, prefix="distilbert"),
+    Architecture(("electra",), heads=("generator_lm_head",), tied=True, prefix="electra"),
+    Architecture(("deberta", "deberta-v2"), heads=("cls.predictions.decoder",), tied=True, prefix="deberta"),
+    Architecture(("mpnet",), heads=("lm_head.decoder",), tied=True, prefix="mpnet"),
     Architecture(
-        ("t5", "mt5", "umt5", "pop2piano", "udop"), head="lm_head", tied=True, full_precision=r"(.*\.)?wo"
+        ("t5", "mt5", "umt5", "pop2piano", "udop"), heads=("lm_head",), tied=True, full_precision=r"(.*\.)?wo"
     ),
-    Architecture(("bart", "mbart", "pegasus", "marian", "m2m_100"), head="lm_head", tied=True, prefix="model"),
-    Architecture(("whisper",), head="proj_out", tied=True, prefix="model"),
+    Architecture(("bart", "mbart", "pegasus", "marian", "m2m_100"), heads=("lm_head",), tied=True, prefix="model"),
+    Architecture(("whisper",), heads=("proj_out",), tied=True, prefix="model"),
     Architecture(("vit", "dinov2", "deit"), prefix="vit"),
     Architecture(("clip", "siglip")),
 )  # fmt: skip
 
-UNKNOWN = Architecture(head="lm_head")
+UNKNOWN = Architecture(heads=("lm_head",))
 
 
 def architecture_of(config: Mapping[str, object] | None) -> Architecture:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cast", "cast_of_cast", "is_exact"]
 
+E4M3_LIMIT = 464.0  # the largest magnitude that rounds to 448, the largest value
+
 # Bits of significand (with the hidden one) and the largest exponent: IEEE 754; OCP 8-bit floating point.
 _PRECISION = {
     DType.F64: (53, 1023, -1074),
@@ -61,6 +63,8 @@ class Cast(TiledKernel):
         self, state: object, num_elements: int, *tiles: Tensor
     ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
         """One tile. Raises BadValue where a finite value is too large for the dtype."""
+        import torch
+
         from surgery.numerics.dtypes import dtype_of
         from surgery.numerics.rounding import rounding_error
 
@@ -68,7 +72,10 @@ class Cast(TiledKernel):
         (y,) = self.run(x)
         if is_exact(dtype_of(x.dtype), self.dtype):
             return (y,), None
-        overflowed = ~y.float().isfinite() & x.float().isfinite()
+        wide = x if x.dtype == torch.float64 else x.float()
+        overflowed = wide.isfinite() & ~y.float().isfinite()
+        if self.dtype is DType.F8_E4M3:  # without an infinity: torch saturates, or gives NaN, by its version
+            overflowed = wide.abs() > E4M3_LIMIT
         if bool(overflowed.any()):
             raise BadValue(int(overflowed.nonzero()[0]), f"is too large for {torch_name(self.dtype)}")
         return (y,), rounding_error(x, y)

@@ -6,6 +6,7 @@ chunks in order. Bytes in flight are bounded by a budget, so the peak does not g
 tensor, the shard or the model, and tiles are the same whatever the budget, so the bytes are too.
 """
 
-from surgery.stream.stream import Chunk, Resources, Stream
+from surgery.stream.resources import Resources
+from surgery.stream.stream import Chunk, Stream
 
 __all__ = ["Chunk", "Resources", "Stream"]

@@ -12,7 +12,8 @@ from surgery.checkpoint.modules import Module
 __all__ = ["is_bitsandbytes", "other_method", "patch_config"]
 
 KEY = "quantization_config"
-FRESH_HEADS = ("classifier", "qa_outputs", "score")  # Linears that a task adds when it loads a base model
+# Modules with Linears that a task adds when it loads a model made for another one.
+FRESH_HEADS = ("classifier", "qa_outputs", "score", "pooler.dense", "cls", "classification_head")
 
 
 def _method(config: Mapping[str, object]) -> str:
@@ -68,7 +69,7 @@ def _skip_modules(modules: Mapping[str, Module], architecture: Architecture, qua
     if architecture.prefix:
         prefix = architecture.prefix + "."
         plain += [path.removeprefix(prefix) for path in plain if path.startswith(prefix)]
-    candidates = dict.fromkeys([*plain, *filter(None, [architecture.head]), *FRESH_HEADS])
+    candidates = dict.fromkeys([*plain, *architecture.heads, *FRESH_HEADS])
     required = set(plain)
     return [_unambiguous(path, quantized) for path in candidates if path in required or not _skips(path, quantized)]
 

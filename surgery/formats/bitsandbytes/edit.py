@@ -51,7 +51,15 @@ def _dtype_fix(site: Site, weight: Node) -> str:
 
 
 def _refuse_what_will_not_load(site: Site) -> None:
-    for refusal in (_other_method, _quantized_already, _expert, _without_weight, _no_linear, _full_precision):
+    for refusal in (
+        _other_method,
+        _quantized_already,
+        _expert,
+        _without_weight,
+        _no_linear,
+        _own_linear,
+        _full_precision,
+    ):
         refused = refusal(site)
         if refused:
             raise refused
@@ -87,7 +95,7 @@ def _without_weight(site: Site) -> OpError | None:
 
 def _no_linear(site: Site) -> OpError | None:
     kind = site.module.kind
-    is_tied = site.path == site.architecture.head and site.architecture.is_tied(site.config)
+    is_tied = site.path in site.architecture.heads and site.architecture.is_tied(site.config)
     if site.module.is_linear or (kind is Kind.HEAD and not is_tied):
         return None
     article = "an" if kind in (Kind.EMBEDDING, Kind.HEAD, Kind.ROUTER, Kind.OTHER) else "a"
@@ -95,6 +103,12 @@ def _no_linear(site: Site) -> OpError | None:
     what = f"is no Linear but {named} ({site.nodes[f'{site.path}.weight'].type}), which bitsandbytes does not quantize"
     fix = "narrow `modules`, or take it away with `except`; `modules: all-linear` finds what can be quantized"
     return site.refuse(what, fix)
+
+
+def _own_linear(site: Site) -> OpError | None:
+    what = "is of an architecture whose Linears are not torch's own, which transformers cannot load quantized"
+    fix = "use a format other than bitsandbytes for this model"
+    return site.refuse(what, fix) if site.architecture.own_linear else None
 
 
 def _full_precision(site: Site) -> OpError | None:

@@ -6,47 +6,73 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
 
-from surgery.graph import Kernel, Node, Source, TiledKernel, toposort
+from surgery.graph import ERROR_UNIT, Kernel, Node, Source, TiledKernel, toposort
 
-__all__ = ["DEFAULT_MEMORY", "TILE_ELEMENTS", "Cost", "cost_of", "tile_elements"]
+__all__ = ["DEFAULT_MEMORY", "LARGEST_TILE", "SMALLEST_TILE", "Cost", "cost_of", "tile_elements"]
 
 DEFAULT_MEMORY = 2 << 30
-TILE_ELEMENTS = 1 << 18  # a tile of f32 and what is computed from it stay in a core's cache
+SMALLEST_TILE = ERROR_UNIT  # elements: a tile of f32 and what is computed from it stay in a core's cache
+LARGEST_TILE = 4 * ERROR_UNIT  # fewer, longer steps in torch: threads wait less for the interpreter's lock
 SCRATCH_PER_ELEMENT = 40  # bytes of temporaries of the hungriest kernel, for each element of a tile
 RUNTIME_BYTES = 28 << 20  # headers, queues, tables, and the code pages of kernels that importing torch does not touch
 IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back
+WINDOW_BYTES = 128 << 20  # read and not yet written: more of it makes nothing faster
+WORKERS_COUNTED = 4  # by `peak_memory`; each further one adds a tile
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes. `min_memory` is what one worker cannot do without."""
+    """Bytes. `min_memory` is what cannot be done without."""
 
     bytes_read: int
     bytes_written: int
-    min_memory: int
-    tile_bytes: int  # the largest tile with its temporaries: what each further worker adds
+    num_tile_elements: int  # of the smallest tiles that all kernels can work on
     largest_whole: int  # the largest set of matrices that a kernel needs whole at once
+    largest_input: int  # the largest input of a reduction, held between its passes if there is room
+
+    @property
+    def min_memory(self) -> int:
+        """The smallest memory with which one worker can apply the plan."""
+        return self.memory(1, self.num_tile_elements, self.tile_bytes(self.num_tile_elements))
+
+    def memory(self, workers: int, tile: int, in_flight: int) -> int:
+        """What `workers` with tiles of `tile` elements and `in_flight` bytes besides whole matrices take."""
+        kept_back = int((in_flight + self.largest_whole) / IN_FLIGHT_SHARE)
+        return RUNTIME_BYTES + workers * self.tile_bytes(tile) + kept_back
+
+    def tile_bytes(self, tile: int) -> int:
+        """A tile of at least `tile` elements with its temporaries."""
+        return max(tile, self.num_tile_elements) * SCRATCH_PER_ELEMENT
 
     @property
     def peak_memory(self) -> int:
-        """What `apply` uses beyond its imports, at most, with the default budget."""
-        return min(DEFAULT_MEMORY, self.min_memory + self.bytes_read + self.bytes_written)
+        """What `apply` uses beyond its imports, at most, with the default memory."""
+        streamed = self.min_memory + self.bytes_read + self.bytes_written
+        bound = self.memory(WORKERS_COUNTED, LARGEST_TILE, WINDOW_BYTES + 2 * self.largest_input)
+        return min(DEFAULT_MEMORY, bound, streamed)
 
 
-def tile_elements(kernel: Kernel) -> int:
-    """Elements of the domain in one tile of this kernel's evaluation."""
-    align = kernel.align if isinstance(kernel, TiledKernel) else 1
-    step = lcm(align, 2)
-    return max(1, TILE_ELEMENTS // step) * step
+def tile_elements(kernel: Kernel, wanted: int = SMALLEST_TILE) -> int:
+    """Elements of the domain in one tile of this kernel's evaluation: `wanted`, as near as its blocks allow."""
+    align = lcm(kernel.align if isinstance(kernel, TiledKernel) else 1, ERROR_UNIT)
+    return max(1, wanted // align) * align
 
 
 def cost_of(roots: Iterable[Node], bytes_read: int, bytes_written: int) -> Cost:
     """The cost of evaluating `roots` once each."""
-    nodes = list(toposort(roots))
-    tile_bytes = max((tile_elements(node.kernel) * SCRATCH_PER_ELEMENT for node in nodes), default=0)
-    whole = max((whole_bytes(node) for node in nodes), default=0)
-    min_memory = RUNTIME_BYTES + tile_bytes + int((tile_bytes + whole) / IN_FLIGHT_SHARE)
-    return Cost(bytes_read, bytes_written, min_memory, tile_bytes, whole)
+    nodes = [node for node in toposort(roots) if not isinstance(node.kernel, Source)]
+    return Cost(
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+        num_tile_elements=max((tile_elements(node.kernel) for node in nodes), default=0),
+        largest_whole=max((whole_bytes(node) for node in nodes), default=0),
+        largest_input=max((_held_bytes(node) for node in nodes), default=0),
+    )
+
+
+def _held_bytes(node: Node) -> int:
+    reduces = isinstance(node.kernel, TiledKernel) and node.kernel.reduces
+    return sum(child.type.num_bytes for child in node.inputs) if reduces else 0
 
 
 def whole_bytes(node: Node) -> int:

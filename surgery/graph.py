@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ERROR_UNIT",
     "BadValue",
     "Graph",
     "Kernel",
@@ -57,12 +58,15 @@ class Kernel(ABC):
         """The reference: whole tensors in, whole tensors out, one for each port."""
 
 
+ERROR_UNIT = 1 << 18  # elements whose squared errors are summed by themselves; tiles are multiples of it
+
+
 @dataclass(frozen=True, slots=True)
 class TileError:
-    """What rounding cost in one tile: max |error| and the sum of squared errors."""
+    """What rounding cost in one tile: max |error|, and the sum of squared errors of each unit."""
 
     max_abs: float
-    sum_squares: float
+    sums_of_squares: tuple[float, ...]
     num_elements: int
 
 

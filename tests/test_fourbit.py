@@ -8,9 +8,11 @@ import torch
 from bitsandbytes.backends.default import ops as bnb_default
 from torch import Tensor
 
+from surgery.graph import ERROR_UNIT, TileError
 from surgery.numerics import fourbit
 from surgery.numerics.codebooks import CODEBOOKS, DYNAMIC_8BIT
 from surgery.numerics.mean import StreamedMean
+from surgery.numerics.rounding import tile_error
 
 QUANT_TYPES = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -216,18 +218,28 @@ def test_encode_with_error_measures_what_loaders_reconstruct(
     w = w.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else w.to(dtype)
     absmax = fourbit.block_absmax(w, 64)
     stored = absmax * (1 + 0.01 * torch.randn(absmax.numel(), generator=generator(2)))
-    packed, largest, squares = fourbit.encode_with_error(w, absmax, stored, 64, quant_type)
+    packed, measured = fourbit.encode_with_error(w, absmax, stored, 64, quant_type)
     assert_same_bits(packed, fourbit.encode_reference(w, absmax, 64, quant_type))
     back = bnb_decode(packed, stored, w, 64, quant_type)
     error = (w.float() - back.float()).abs()
-    assert largest == float(error.max())
-    assert squares == pytest.approx(float(error.double().square().sum()), rel=1e-5)
+    assert measured.max_abs == float(error.max())
+    assert sum(measured.sums_of_squares) == pytest.approx(float(error.double().square().sum()), rel=1e-5)
 
 
 def test_the_error_of_exact_weights_is_zero() -> None:
     w = torch.tensor(CODEBOOKS["nf4"]).repeat(8)
     absmax = fourbit.block_absmax(w, 64)
-    assert fourbit.encode_with_error(w, absmax, absmax, 64, "nf4")[1:] == (0.0, 0.0)
+    assert fourbit.encode_with_error(w, absmax, absmax, 64, "nf4")[1] == TileError(0.0, (0.0,), w.numel())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e30])
+def test_the_error_does_not_depend_on_the_tile(scale: float) -> None:
+    x = torch.randn(2 * ERROR_UNIT + 1001, generator=generator(3)) * scale
+    x[ERROR_UNIT : ERROR_UNIT + 100] *= 1e-9
+    whole = tile_error(x.clone())
+    parts = [tile_error(part.clone()) for part in x.split(ERROR_UNIT)]
+    assert whole.max_abs == max(part.max_abs for part in parts)
+    assert whole.sums_of_squares == tuple(value for part in parts for value in part.sums_of_squares)
 
 
 def streamed_mean(x: Tensor, piece: int) -> Tensor:
@@ -281,7 +293,7 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(dtype: torch.dtype, quant_type: str) -
     here = fourbit.encode_with_error(w, absmax, absmax, 64, quant_type)
     there = fourbit.encode_with_error(w.cuda(), device_absmax, device_absmax, 64, quant_type)
     assert_same_bits(there[0].cpu(), here[0])
-    assert there[1:] == here[1:]
+    assert there[1] == here[1]
     reference = fourbit.encode_reference(w.cuda(), device_absmax, 64, quant_type)
     assert_same_bits(reference.cpu(), here[0])
     back = fourbit.decode(there[0], device_absmax, w.numel(), 64, quant_type, dtype)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.hub import locate
 from surgery.checkpoint.index import INDEX_NAME, Weights, find_weights
-from surgery.checkpoint.paths import SideFiles, contained, side_files
+from surgery.checkpoint.paths import SideFiles, contained, read_json, side_files, stands
 from surgery.errors import CheckpointError, Problem
 from surgery.types import TensorType
 
@@ -146,15 +144,7 @@ def _in_disk_order(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
 
 def _read_config(directory: Path) -> dict[str, object] | None:
     path = directory / "config.json"
-    if not path.exists():
-        return None
-    try:
-        config: object = json.loads(contained(path, directory).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(Problem(f"is not JSON: {error}", str(path), "download it again")) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(Problem("is not a JSON object", str(path), "download it again"))
-    return cast(dict[str, object], config)
+    return read_json(path, directory) if stands(path) else None
 
 
 def _fingerprint(files: tuple[SourceFile, ...]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from surgery.checkpoint.paths import is_text, open_regular
 from surgery.errors import CheckpointError, Problem
 from surgery.types import DType, TensorType
 
@@ -21,6 +22,7 @@ __all__ = ["Extent", "Header", "encode_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference parser's limit
 LENGTH_BYTES = 8
+MAX_DIMENSIONS = 64  # as many as torch and numpy know
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,11 @@ class _Refused(Exception):
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of `path`. Raises CheckpointError naming the file and the tensor."""
+    """Read and check the header of the regular file `path`. Raises CheckpointError naming file and tensor."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file_bytes = os.fstat(file.fileno()).st_size
             return _parse(file, file_bytes)
-    except OSError as error:
-        raise CheckpointError(Problem(f"cannot be read: {error.strerror}", str(path))) from error
     except _Refused as refused:
         fix = "download or copy the file again; it is damaged, or not a safetensors file"
         raise CheckpointError(Problem(str(refused), str(path), fix)) from None
@@ -91,15 +91,15 @@ def _decode(raw: bytes) -> dict[str, object]:
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise _Refused(f"has a header that names `{twice}` twice")
     return result
 
 
 def _metadata(entry: object) -> dict[str, str]:
     items = cast(dict[str, object], entry) if isinstance(entry, dict) else None
-    if items is None or not all(isinstance(value, str) for value in items.values()):
+    if items is None or not all(is_text(key) and is_text(value) for key, value in items.items()):
         raise _Refused("has a header whose `__metadata__` does not map strings to strings")
     return cast(dict[str, str], items)
 
@@ -108,9 +108,11 @@ def _extent(name: str, entry: object, data_start: int) -> Extent:
     fields = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
     shape = _integers(fields.get("shape"))
     offsets = _integers(fields.get("data_offsets"))
+    if len(shape or ()) > MAX_DIMENSIONS:
+        raise _Refused(f"has tensor `{name}` of more than {MAX_DIMENSIONS} dimensions")
     if not isinstance(fields.get("dtype"), str) or shape is None or offsets is None or len(offsets) != 2:
         raise _Refused(f"has a header whose entry of `{name}` lacks a valid dtype, shape or data_offsets")
-    if "\0" in name or not name:
+    if not is_text(name) or "\0" in name or not name:
         raise _Refused(f"has a tensor with the impossible name {name!r}")
     dtype_name = cast(str, fields["dtype"])
     try:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.checkpoint.paths import stands
 from surgery.errors import CheckpointError, Problem
 
 __all__ = ["Location", "locate"]
@@ -26,7 +27,7 @@ class Location:
 def locate(source: str) -> Location:
     """The place `source` names; a local path wins over a Hub id. Raises CheckpointError."""
     path = Path(source).expanduser()
-    if path.exists():
+    if stands(path):
         return Location(path)
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         fix = "give a directory, a .safetensors file, or a Hub id as org/name[@revision]"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from surgery.checkpoint.paths import contained
+from surgery.checkpoint.paths import is_text, read_json, stands
 from surgery.errors import CheckpointError, Problem
 
 __all__ = ["Weights", "find_weights"]
@@ -28,26 +27,21 @@ class Weights:
 def find_weights(directory: Path) -> Weights:
     """The weight files of a Hub-layout `directory`. Raises CheckpointError if there are none."""
     index = directory / INDEX_NAME
-    if index.exists():
+    if stands(index):
         weight_map = _read_weight_map(index)
         _check_files(directory, index, weight_map)
         return Weights(tuple(sorted(set(weight_map.values()))), weight_map)
-    if (directory / SINGLE_NAME).exists():
+    if stands(directory / SINGLE_NAME):
         return Weights((SINGLE_NAME,), None)
     return Weights((_only_safetensors(directory),), None)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    fix = "download the index again"
-    try:
-        content: object = json.loads(contained(index, index.parent).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(Problem(f"is not JSON: {error}", str(index), fix)) from None
-    fields = cast(dict[str, object], content) if isinstance(content, dict) else {}
-    weight_map = fields.get("weight_map")
+    weight_map = read_json(index, index.parent).get("weight_map")
     items = cast(dict[str, object], weight_map) if isinstance(weight_map, dict) else {}
     if not items or not all(isinstance(value, str) for value in items.values()):
-        raise CheckpointError(Problem("has no `weight_map` from tensor names to file names", str(index), fix))
+        what = "has no `weight_map` from tensor names to file names"
+        raise CheckpointError(Problem(what, str(index), "download the index again"))
     return cast(dict[str, str], items)
 
 
@@ -55,14 +49,18 @@ def _check_files(directory: Path, index: Path, weight_map: dict[str, str]) -> No
     problems: list[Problem] = []
     for file in sorted(set(weight_map.values())):
         tensors = [name for name, where in weight_map.items() if where == file]
-        if Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
+        if not _is_file_name(file):
             what = f"maps `{tensors[0]}` to {file!r}, which is no safetensors file beside it"
             problems.append(Problem(what, str(index), "an index names files in its own directory only"))
-        elif not (directory / file).exists():
+        elif not stands(directory / file):
             what = f"names the shard `{file}` ({len(tensors)} tensors), which is missing"
             problems.append(Problem(what, str(index), f"download `{file}` again"))
     if problems:
         raise CheckpointError(*problems)
+
+
+def _is_file_name(name: str) -> bool:
+    return is_text(name) and Path(name).name == name and name.endswith(".safetensors") and "\0" not in name
 
 
 def _only_safetensors(directory: Path) -> str:

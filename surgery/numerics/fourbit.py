@@ -24,8 +24,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from surgery.graph import TileError
 from surgery.numerics.codebooks import CODEBOOKS, DYNAMIC_8BIT
-from surgery.numerics.rounding import sum_of_squares
+from surgery.numerics.rounding import tile_error
 
 NESTED_BLOCK_SIZE = 256
 _TINY = 1e-38  # bitsandbytes' floor of a block's absmax, so that a zero block does not divide by 0
@@ -128,24 +129,17 @@ def first_non_finite(w: Tensor) -> int | None:
 
 def encode_with_error(
     w: Tensor, absmax: Tensor, stored_absmax: Tensor, block_size: int, quant_type: str
-) -> tuple[Tensor, float, float]:
+) -> tuple[Tensor, TileError]:
     """`encode`, and how far w is from what loaders reconstruct with `stored_absmax` f32 [B].
 
-    Returns the packed codes, max |error| (exact) and the sum of squared errors, errors being
-    f32 differences of w and `decode(..., w.dtype)`. The sum is a float32 sum of errors scaled by a
-    power of two, in an order fixed by n alone: the same on every device and thread count.
+    Errors are f32 differences of w and `decode(..., w.dtype)`.
     """
     packed = encode(w, absmax, block_size, quant_type)
-    if not w.numel():
-        return packed, 0.0, 0.0
     error = _decode_f32(packed, stored_absmax, w.numel(), block_size, quant_type)
     if w.dtype != torch.float32:  # explicit casts: mixed-dtype arithmetic is slower
         error.copy_(_scratch("rounded", w.dtype, w.numel(), w.device).copy_(error))
         w = _scratch("exact", torch.float32, w.numel(), w.device).copy_(w)
-    error.sub_(w)
-    magnitude_bits = error.view(torch.int32).bitwise_and_(0x7FFFFFFF)
-    largest = float(magnitude_bits.amax().view(torch.float32))
-    return packed, largest, sum_of_squares(error, largest)
+    return packed, tile_error(error.sub_(w))
 
 
 def _largest_magnitude(w_BS: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from surgery.graph import TileError
+from surgery.graph import ERROR_UNIT, TileError
 
-__all__ = ["rounding_error", "sum_of_squares"]
+__all__ = ["rounding_error", "tile_error"]
 
 _SQUARES_FIT = (2.0**-40, 2.0**40)  # largest errors whose squares, summed, need no scaling
 
@@ -19,24 +19,47 @@ def rounding_error(x: Tensor, rounded: Tensor) -> TileError:
     """The error of `rounded` against `x`, both float [n], in f32 (in f64 where x is)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     error = rounded.to(wide) - x.to(wide)
-    error = error[error.isfinite()].float()
-    largest = float(error.abs().max()) if error.numel() else 0.0
-    return TileError(largest, sum_of_squares(error, largest), x.numel())
+    return tile_error(error.nan_to_num_(0.0, 0.0, 0.0).float())  # what is not finite in x is copied as it is
 
 
-def sum_of_squares(x: Tensor, largest: float) -> float:
-    """Sum of x**2, f32 [n], overwriting x: pairs n/2 apart, then n/4, ..., the last 256 exactly."""
-    if largest == 0.0 or not math.isfinite(largest):
-        return largest
-    exponent = 0
-    if not _SQUARES_FIT[0] <= largest <= _SQUARES_FIT[1]:
-        exponent = math.frexp(largest)[1]
-        # Two factors, since 2**-exponent alone overflows for subnormal errors.
-        x.mul_(2.0 ** (-exponent // 2)).mul_(2.0 ** (-exponent - -exponent // 2))
-    x.mul_(x)
-    while x.numel() > 256:
-        half = (x.numel() + 1) // 2
-        x[: x.numel() - half].add_(x[half:])
-        x = x[:half]
-    rest = cast(list[float], x.tolist())  # pyright: ignore[reportUnknownMemberType]
-    return math.ldexp(math.fsum(rest), 2 * exponent)
+def tile_error(error: Tensor) -> TileError:
+    """Max |error| and sums of squares of f32 [n], which is overwritten.
+
+    One sum for every ERROR_UNIT elements, and elementwise adds in an order fixed by the unit alone,
+    so that neither the tile's size nor the device nor the number of threads changes a bit.
+    """
+    num_whole = error.numel() // ERROR_UNIT * ERROR_UNIT
+    whole, rest = error[:num_whole].view(-1, ERROR_UNIT), error[num_whole:].view(1, -1)
+    results = [_unit_sums(units) for units in (whole, rest) if units.numel()]
+    largest = max((value for values, _ in results for value in values), default=0.0)
+    return TileError(largest, tuple(value for _, sums in results for value in sums), error.numel())
+
+
+def _unit_sums(error_UE: Tensor) -> tuple[list[float], list[float]]:
+    """Max and sum of squares of each row."""
+    largest_U = _floats(error_UE.abs().amax(dim=1))
+    if all(value == 0.0 or _SQUARES_FIT[0] <= value <= _SQUARES_FIT[1] for value in largest_U):
+        return largest_U, _fold(error_UE.mul_(error_UE))
+    return largest_U, [_scaled_sum(row, value) for row, value in zip(error_UE, largest_U, strict=True)]
+
+
+def _scaled_sum(error: Tensor, largest: float) -> float:
+    if largest == 0.0 or _SQUARES_FIT[0] <= largest <= _SQUARES_FIT[1]:
+        return _fold(error.mul_(error).view(1, -1))[0]
+    exponent = math.frexp(largest)[1]
+    # Two factors, since 2**-exponent alone overflows for subnormal errors.
+    error.mul_(2.0 ** (-exponent // 2)).mul_(2.0 ** (-exponent - -exponent // 2))
+    return math.ldexp(_fold(error.mul_(error).view(1, -1))[0], 2 * exponent)
+
+
+def _fold(x_UE: Tensor) -> list[float]:
+    """The sum of each row, overwriting it: pairs E/2 apart, then E/4, ..., the last 256 exactly."""
+    while x_UE.shape[1] > 256:
+        half = (x_UE.shape[1] + 1) // 2
+        x_UE[:, : x_UE.shape[1] - half].add_(x_UE[:, half:])
+        x_UE = x_UE[:, :half]
+    return [math.fsum(_floats(row)) for row in x_UE]
+
+
+def _floats(x: Tensor) -> list[float]:
+    return cast(list[float], x.tolist())  # pyright: ignore[reportUnknownMemberType]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from surgery.errors import Problem, SpecError
 from surgery.op import Op, find_op, op_names, options_of
@@ -16,21 +16,11 @@ from surgery.spec.document import Document, Keys, read_document
 from surgery.spec.model import ALL_LINEAR, Edit, Patterns, Spec
 from surgery.spec.parameters import Parameters, substitute
 from surgery.spec.schema import edit_schema, frame_schema
-
-if TYPE_CHECKING:
-    from jsonschema import ValidationError
+from surgery.spec.violations import explain
 
 __all__ = ["load_spec"]
 
 DEFAULT_SHARD_SIZE = "5GB"
-JSON_NAMES: dict[type, str] = {
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "a map",
-}
 
 
 def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> Spec:
@@ -88,41 +78,9 @@ class _Loader:
         for error in errors:
             place = (*keys, *cast("Iterable[str | int]", error.absolute_path))
             if place not in self.parameters.unresolved:
-                self._report_violation(error, place)
+                for violation in explain(error):
+                    self._report(violation.what, (*place, *violation.below), violation.fix)
         return not errors
-
-    def _report_violation(self, error: ValidationError, keys: Keys) -> None:
-        value = cast(object, error.instance)
-        allowed = cast(object, error.validator_value)
-        if error.validator == "additionalProperties" and isinstance(allowed, bool):
-            known = cast(Mapping[str, object], cast(Mapping[str, object], error.schema)["properties"])
-            for key in [key for key in cast(Mapping[str, object], value) if key not in known]:
-                self._report_unknown_key(key, known, keys)
-        elif error.validator == "required":
-            missing = [key for key in cast(list[str], allowed) if key not in cast(Mapping[str, object], value)]
-            for key in missing if missing and missing[0] in error.message else []:
-                if error.message.startswith(f"'{key}'"):
-                    self._report(f"`{key}` is missing", keys, f"add `{key}:`")
-        elif error.validator == "enum":
-            choices = [str(choice) for choice in cast(list[object], allowed) if choice is not None]
-            near = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            self._report(f"{value!r} is not one of the values allowed here", keys, f"one of {', '.join(choices)}{hint}")
-        else:
-            self._report(_violation(error, value), keys, _expectation(error))
-
-    def _report_unknown_key(self, key: str, known: Iterable[str], keys: Keys) -> None:
-        known = list(known)
-        where = f" of `{self._op_name(keys)}`" if keys and keys[0] == "edits" else ""
-        near = difflib.get_close_matches(key, known, 1)
-        fix = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(known)}"
-        if key in ("modules", "tensors") and {"modules", "tensors"} & set(known):
-            fix = f"this op selects by `{'tensors' if key == 'modules' else 'modules'}`"
-        self._report(f"unknown key `{key}`{where}", (*keys, key), fix)
-
-    def _op_name(self, keys: Keys) -> str:
-        data = cast(Mapping[str, list[Mapping[str, object]]], self.document.data)
-        return str(data["edits"][cast(int, keys[1])].get("op", ""))
 
     def _edit(self, index: int, entry: object) -> Edit | None:
         keys: Keys = ("edits", index)
@@ -218,28 +176,3 @@ def _field_keys(op: type[Op]) -> list[tuple[str, str]]:
 
     fields = [field.name for field in dataclasses.fields(op)]  # pyright: ignore[reportArgumentType]
     return list(zip(fields, [option.key for option in options_of(op)], strict=True))
-
-
-def _violation(error: ValidationError, value: object) -> str:
-    if error.validator == "type":
-        return f"{value!r} is {JSON_NAMES.get(type(value), 'nothing')}, not {_type_names(error.validator_value)}"
-    if error.validator == "const":
-        return f"{value!r} is not {error.validator_value!r}"
-    if error.validator == "anyOf":
-        return f"{value!r} does not fit here"
-    if error.validator in ("minLength", "minItems"):
-        return "is empty"
-    return str(error.message)
-
-
-def _type_names(value: object) -> str:
-    names = {"string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false",
-             "array": "a list", "object": "a map", "null": "null"}  # fmt: skip
-    types = cast(list[str], value) if isinstance(value, list) else [str(value)]
-    return " or ".join(names[name] for name in types)
-
-
-def _expectation(error: ValidationError) -> str:
-    schema = cast(Mapping[str, object], error.schema)
-    description = str(schema.get("description", ""))
-    return description if error.validator == "anyOf" else ""

@@ -19,7 +19,7 @@ from surgery.graph import BadValue, Kernel, Node, Source, TiledKernel, TileError
 from surgery.numerics.dtypes import torch_dtype
 from surgery.numerics.transpose import Transpose
 
-__all__ = ["Call", "Evaluation", "Need", "Span", "spans_of"]
+__all__ = ["Call", "Evaluation", "Need", "Span"]
 
 Call = tuple[Kernel, tuple[Node, ...]]
 Span = tuple[int, int]
@@ -31,8 +31,18 @@ class Evaluation:
     """What is known about a group of outputs while it is streamed: states and whole values by call."""
 
     device: torch.device
+    num_tile_elements: int
     states: dict[Call, object] = field(default_factory=dict[Call, object])
     wholes: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+
+    def spans(self, call: Call) -> Iterator[Span]:
+        """The tiles of the call's domain, in order."""
+        kernel, inputs = call
+        assert isinstance(kernel, TiledKernel)
+        num_elements = kernel.domain(*(node.type for node in inputs))
+        step = tile_elements(kernel, self.num_tile_elements)
+        for start in range(0, num_elements, step):
+            yield start, min(start + step, num_elements)
 
     def needed(self, call: Call, span: Span) -> Iterator[Need]:
         """The source elements that `span` of the call's domain takes."""
@@ -85,16 +95,6 @@ class Evaluation:
         value = self.tile(node.call, _domain_span(node, start, stop), read)[0][node.port]
         assert value is not None
         return value
-
-
-def spans_of(call: Call) -> Iterator[Span]:
-    """The tiles of the call's domain, in order."""
-    kernel, inputs = call
-    assert isinstance(kernel, TiledKernel)
-    num_elements = kernel.domain(*(node.type for node in inputs))
-    step = tile_elements(kernel)
-    for start in range(0, num_elements, step):
-        yield start, min(start + step, num_elements)
 
 
 def _input_ranges(call: Call, span: Span) -> Iterator[Need]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.graph import Node, Source, TiledKernel, TileError, toposort
 from surgery.numerics.dtypes import torch_dtype
-from surgery.stream.evaluate import Call, Evaluation, Span, spans_of
+from surgery.stream.evaluate import Call, Evaluation, Span
 from surgery.stream.intake import Intake, Read, num_bytes_of
 
 __all__ = ["FirstPass"]
@@ -39,7 +39,7 @@ class FirstPass:
         held: dict[Span, Read] = {}
         kernel = call[0]
         if isinstance(kernel, TiledKernel) and kernel.reduces:
-            num_bytes = sum(self._intake.needs(evaluation, call, span) for span in spans_of(call))
+            num_bytes = sum(self._intake.needs(evaluation, call, span) for span in evaluation.spans(call))
             fits = num_bytes <= self._intake.budget.total * HELD_SHARE
             self._reduce(call, evaluation, held if fits else None)
         return held
@@ -55,7 +55,7 @@ class FirstPass:
             held[span] = read
             return self._executor.submit(evaluation.partial, call, span, read)
 
-        partials = self._in_order(submit, spans_of(call))
+        partials = self._in_order(submit, evaluation.spans(call))
         evaluation.states[call] = kernel.combine(partials, *(node.type for node in inputs))
 
     def _then_release(self, compute: Callable[[Call, Span, Read], T], call: Call, span: Span, read: Read) -> T:
@@ -103,7 +103,7 @@ class FirstPass:
             return self._executor.submit(self._then_release, evaluation.tile, node.call, span, read)
 
         position = 0
-        for ports, _ in self._in_order(submit, spans_of(node.call)):
+        for ports, _ in self._in_order(submit, evaluation.spans(node.call)):
             value = cast(Tensor, ports[node.port])
             flat[position : position + value.numel()] = value
             position += value.numel()

@@ -7,7 +7,9 @@ what nobody asks for (the header, a dropped tensor) is read for the hash alone.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+import threading
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -23,27 +25,42 @@ SMALLEST_KEPT = 1 << 18  # smaller buffers come cheap from the allocator
 
 
 class BufferPool:
-    """u8 buffers, kept for reuse by exact size: a stream needs only a few sizes over and over."""
+    """u8 buffers, kept for reuse by exact size: a stream needs only a few sizes over and over.
 
-    def __init__(self, most_kept_bytes: int) -> None:
+    What is in use and what is kept stay within `limit` together, as long as what is in use does.
+    Large buffers are mapped one by one, so that dropping one gives its memory back to the system:
+    the allocator would keep it in the arena of whichever thread was last to use it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._free: dict[int, list[Tensor]] = {}
-        self._room = most_kept_bytes
+        self._held_bytes = 0  # in use or kept
+        self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> Tensor:
         """A buffer of exactly `num_bytes`, its content undefined."""
-        free = self._free.get(num_bytes)
-        if free:
-            self._room += num_bytes
-            return free.pop()
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        if num_bytes < SMALLEST_KEPT:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        with self._lock:
+            if self._free.get(num_bytes):
+                return self._free[num_bytes].pop()
+            self._make_room(num_bytes)
+            self._held_bytes += num_bytes
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+    def _make_room(self, num_bytes: int) -> None:
+        for size, buffers in self._free.items():
+            while buffers and self._held_bytes + num_bytes > self._limit:
+                buffers.pop()
+                self._held_bytes -= size
 
     def give_back(self, buffers: Iterable[Tensor]) -> None:
         """Let `buffers` be reused. The caller must hold no view of them."""
-        for buffer in buffers:
-            num_bytes = buffer.numel()
-            if SMALLEST_KEPT <= num_bytes <= self._room:
-                self._room -= num_bytes
-                self._free.setdefault(num_bytes, []).append(buffer)
+        with self._lock:
+            for buffer in buffers:
+                if buffer.numel() >= SMALLEST_KEPT:
+                    self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
 class _HashedFile:

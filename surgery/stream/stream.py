@@ -13,14 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from surgery.cost import tile_elements
 from surgery.graph import Kernel, Node, Source, TiledKernel, TileError
 from surgery.layout import OutputFile, Placed
 from surgery.plan import Plan
 from surgery.stream.budget import Budget
-from surgery.stream.evaluate import Call, Evaluation, Span, spans_of
+from surgery.stream.evaluate import Call, Evaluation, Span
 from surgery.stream.first_pass import FirstPass
-from surgery.stream.intake import Intake, Read, num_bytes_of
+from surgery.stream.intake import Intake, Read
 from surgery.stream.read import BufferPool, SourceReader
 from surgery.stream.resources import Resources
 
@@ -62,9 +61,10 @@ class Stream:
 
     def __init__(self, plan: Plan, resources: Resources) -> None:
         resources = resources.fitted(plan.cost)
-        self._device = resources.device
+        self._resources = resources
         self._budget = Budget(resources.in_flight(plan.cost))
-        pool = BufferPool(self._budget.total // 8)
+        self._window = Budget(resources.window(plan.cost))
+        pool = BufferPool(self._budget.total)
         self._reader = SourceReader(plan.checkpoint, pool)
         self._intake = Intake(self._reader, pool, self._budget)
         self._queue: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
@@ -89,6 +89,7 @@ class Stream:
                 item.done()
         finally:
             self._budget.stop()
+            self._window.stop()
             self._executor.shutdown(wait=True, cancel_futures=True)
             producer.join()
             torch.set_num_threads(num_threads)
@@ -112,7 +113,7 @@ class Stream:
 
     def _schedule(self, group: _Group) -> None:
         kernel, _ = group.call
-        evaluation = Evaluation(self._device)
+        evaluation = Evaluation(self._resources.device, self._resources.tile)
         if isinstance(kernel, Source):
             self._copy(group)
             return
@@ -131,10 +132,15 @@ class Stream:
             num_bytes = placed.stop - placed.start
             for start in range(0, num_bytes, COPY_BYTES) if num_bytes else [0]:
                 stop = min(start + COPY_BYTES, num_bytes)
+                self._window.acquire(stop - start)
                 buffer = self._intake.read_bytes(kernel.name, start, stop)
                 chunk = Chunk(group.file, placed, start, buffer.numpy().data, None)
-                give_back = partial(self._intake.give_back, [buffer], stop - start)
+                give_back = partial(self._give_back, [buffer], stop - start)
                 self._queue.put(_Item(_finished([chunk]), give_back))
+
+    def _give_back(self, buffers: Iterable[Tensor], num_bytes: int) -> None:
+        self._intake.give_back(buffers, num_bytes)
+        self._window.release(num_bytes)
 
     def _release_wholes(self, evaluation: Evaluation) -> None:
         """Give the memory of whole values back once everything before this point is written."""
@@ -144,12 +150,14 @@ class Stream:
 
     def _stream_tiles(self, group: _Group, evaluation: Evaluation, held: dict[Span, Read]) -> None:
         call = group.call
-        for span in spans_of(call):
-            read = held.pop(span) if span in held else self._intake.read(evaluation, call, span)
+        for span in evaluation.spans(call):
             written = sum(_span_bytes(placed.node, span) for placed in group.outputs)
+            passing = self._intake.needs(evaluation, call, span) + written
+            self._window.acquire(passing)
+            read = held.pop(span) if span in held else self._intake.read(evaluation, call, span)
             self._budget.acquire(written)
             future = self._executor.submit(_tile_chunks, group, evaluation, span, read)
-            give_back = partial(self._intake.give_back, read.values(), num_bytes_of(read) + written)
+            give_back = partial(self._give_back, read.values(), passing)
             self._queue.put(_Item(future, give_back))
 
     def _stream_whole_ports(self, group: _Group, evaluation: Evaluation) -> None:
@@ -195,11 +203,12 @@ def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, read: Read) 
 
 def _step(node: Node) -> int:
     assert isinstance(node.kernel, TiledKernel)
-    return node.kernel.port_steps()[node.port] or tile_elements(node.kernel)
+    return node.kernel.port_steps()[node.port] or 0
 
 
 def _span_bytes(node: Node, span: Span) -> int:
-    return -(-(span[1] - span[0]) // _step(node)) * node.type.dtype.bits // 8
+    step = _step(node)
+    return -(-(span[1] - span[0]) // step) * node.type.dtype.bits // 8 if step else 0
 
 
 def _bytes_of(value: Tensor) -> memoryview:

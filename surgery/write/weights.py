@@ -39,6 +39,7 @@ class WeightWriter:
         self._progress = {placed.name: _Progress() for placed in file.tensors}
         self._sha256 = hashlib.sha256()
         self._hashed = 0
+        self._num_whole = 0  # tensors from the first on that are written
         self._write(memoryview(file.header), 0)
 
     def write(self, chunk: Chunk) -> None:
@@ -51,6 +52,8 @@ class WeightWriter:
         if chunk.error is not None:
             progress.errors.append(chunk.error)
         self._write(chunk.data, len(self._file.header) + chunk.placed.start + chunk.start)
+        if progress.num_bytes == _num_bytes(chunk.placed):
+            self._follow()
 
     def _write(self, data: memoryview, position: int) -> None:
         if position == self._hashed:
@@ -65,15 +68,25 @@ class WeightWriter:
         for placed in self._file.tensors:
             if self._progress[placed.name].num_bytes != _num_bytes(placed):
                 raise AssertionError(f"{placed.name} is not whole")
-        self._read_back()
+        self._read_back(self._file.num_bytes)
         os.fsync(self._fd)
         self.close()
         tensors = tuple(_record(name, progress) for name, progress in self._progress.items())
         return FileRecord(self._file.name, self._file.num_bytes, self._sha256.hexdigest(), tensors)
 
-    def _read_back(self) -> None:
-        while self._hashed < self._file.num_bytes:
-            data = os.pread(self._fd, min(READ_BACK_BYTES, self._file.num_bytes - self._hashed), self._hashed)
+    def _follow(self) -> None:
+        """Hash what is whole from the file's start on, so that little is left to read back at the end."""
+        tensors = self._file.tensors
+        while self._num_whole < len(tensors):
+            placed = tensors[self._num_whole]
+            if self._progress[placed.name].num_bytes < _num_bytes(placed):
+                break
+            self._num_whole += 1
+            self._read_back(len(self._file.header) + placed.stop)
+
+    def _read_back(self, stop: int) -> None:
+        while self._hashed < stop:
+            data = os.pread(self._fd, min(READ_BACK_BYTES, stop - self._hashed), self._hashed)
             self._sha256.update(data)
             self._hashed += len(data)
 
@@ -93,5 +106,5 @@ def _record(name: str, progress: _Progress) -> TensorRecord:
     if not progress.errors:
         return TensorRecord(name, digest, None, None)
     num_elements = sum(error.num_elements for error in progress.errors)
-    mean_square = math.fsum(error.sum_squares for error in progress.errors) / num_elements
+    mean_square = math.fsum(value for error in progress.errors for value in error.sums_of_squares) / num_elements
     return TensorRecord(name, digest, max(error.max_abs for error in progress.errors), math.sqrt(mean_square))

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests import bench
 from tests.bench import convert, kernel, tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=bench.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("kernel", help="NF4 of one weight: ours and bitsandbytes on one thread")
     command.add_argument("--rounds", type=int, default=5)

@@ -105,10 +105,8 @@ class Quantize4bit(TiledKernel):
             codes, nested = fourbit.nested_encode(absmax.cpu(), offset)
             stored = fourbit.nested_decode(codes, nested, offset).to(weight.device)
             ports = (codes, nested, None)
-        packed, max_abs, sum_squares = fourbit.encode_with_error(
-            weight, absmax, stored, self.block_size, self.quant_type
-        )
-        return (packed, *ports, None, None), TileError(max_abs, sum_squares, num_elements)
+        packed, error = fourbit.encode_with_error(weight, absmax, stored, self.block_size, self.quant_type)
+        return (packed, *ports, None, None), error
 
     def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
         """The maps and the quant_state record."""

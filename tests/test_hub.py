@@ -1,0 +1,249 @@
+"""Sources on the Hub: the true client against a Hub of our own on the loopback, pinned, and never a pickle."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from safetensors.torch import save_file
+
+import surgery
+
+ROOT = Path(__file__).parents[1]
+REPO = "org/tiny"
+OLD, NEW = "0" * 39 + "1", "a" * 40
+PICKLES = ("pytorch_model.bin", "optimizer.pt", "onnx/model.onnx", "tf_model.h5")
+
+
+class Hub(ThreadingHTTPServer):
+    """What a Hub answers to a client that downloads a model."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files: dict[str, dict[str, bytes]] = {}  # by commit
+        self.revisions = {"main": NEW, "v1": OLD, "refs/pr/1": OLD, OLD: OLD, NEW: NEW}
+        self.asked: list[tuple[str, str]] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def answer(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append((self.command, unquote(path)))
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        if f"/{REPO}" not in unquote(path):
+            self.send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif parts[0] == "api":
+            self.answer_api(parts[4:])
+        else:
+            self.answer_file(parts[3], "/".join(parts[4:]))
+
+    def answer_api(self, parts: list[str]) -> None:
+        verb, revision = parts or ("revision", "main")
+        commit = self.server.revisions.get(revision)
+        if commit is None:
+            self.send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+            return
+        files = self.server.files[commit]
+        content: object = {"id": REPO, "modelId": REPO, "sha": commit, "siblings": [{"rfilename": n} for n in files]}
+        if verb == "tree":
+            content = [{"type": "file", "path": n, "size": len(raw), "oid": etag(raw)} for n, raw in files.items()]
+        self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer_file(self, revision: str, name: str) -> None:
+        commit = self.server.revisions.get(revision, "")
+        raw = self.server.files.get(commit, {}).get(name)
+        if raw is None:
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        self.send(200, raw, {"ETag": f'"{etag(raw)}"', "X-Repo-Commit": commit})
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def etag(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:40]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's files at NEW, as a local directory."""
+    path = tmp_path_factory.mktemp("local") / "tiny"
+    (path / "onnx").mkdir(parents=True)
+    save_file(
+        {"layers.0.up_proj.weight": torch.randn(64, 64), "norm.weight": torch.ones(8)}, path / "model.safetensors"
+    )
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "tokenizer.json").write_text("{}")
+    for name in PICKLES:
+        (path / name).write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    return path
+
+
+@pytest.fixture
+def hub(local: Path) -> Iterator[Hub]:
+    server = Hub()
+    files = {str(path.relative_to(local)): path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    server.files = {NEW: files, OLD: {**files, "tokenizer.json": b'{"old": 1}'}}
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The working directory, with a spec whose source is a parameter."""
+    edits = "edits:\n  - {op: quantize.nf4, modules: all-linear}\n"
+    (tmp_path / "spec.yaml").write_text(f"version: 1\nparams: {{model: {REPO}}}\nsource: ${{model}}\n{edits}")
+    return tmp_path
+
+
+def command(home: Path, hub: Hub, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    ours = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "surgery", *arguments],
+        cwd=home,
+        env={**kept, **ours, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def manifest_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "surgery-manifest.json").read_text())
+
+
+def test_a_repository_gives_the_bytes_of_a_local_copy(home: Path, hub: Hub, local: Path) -> None:
+    run = command(home, hub, "apply", "spec.yaml", "-o", "out")
+    assert run.returncode == 0, run.stderr
+    surgery.apply(surgery.plan(home / "spec.yaml", model=str(local)), home / "again")
+    written, again = ({path.name: path.read_bytes() for path in (home / name).iterdir()} for name in ("out", "again"))
+    assert written.pop("surgery-manifest.json") != again.pop("surgery-manifest.json")
+    assert written == again
+
+
+def test_the_manifest_names_the_commit(home: Path, hub: Hub) -> None:
+    assert command(home, hub, "apply", "spec.yaml", "-o", "out").returncode == 0
+    manifest = manifest_of(home / "out")
+    assert manifest["source"]["identity"] == manifest["spec"]["source"] == f"{REPO}@{NEW}"
+    assert str(home) not in json.dumps(manifest)
+    Draft202012Validator(json.loads((ROOT / "schemas" / "manifest.v1.schema.json").read_text())).validate(manifest)
+
+
+def test_no_pickle_is_fetched(home: Path, hub: Hub) -> None:
+    run = command(home, hub, "plan", "spec.yaml")
+    assert run.returncode == 0, run.stderr
+    fetched = {path.rpartition(f"{NEW}/")[2] for _, path in hub.asked if "/resolve/" in path}
+    assert fetched == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(("revision", "commit"), [("v1", OLD), ("refs/pr/1", OLD), (OLD, OLD), ("main", NEW)])
+def test_a_revision_is_resolved_to_its_commit(revision: str, commit: str, home: Path, hub: Hub) -> None:
+    run = command(home, hub, "plan", "spec.yaml", "--json", "--set", f"model={REPO}@{revision}")
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["source"] == f"{REPO}@{commit}"
+    Draft202012Validator(json.loads((ROOT / "schemas" / "plan.v1.schema.json").read_text())).validate(plan)
+
+
+def test_the_output_is_made_again_without_being_told_where_the_source_is(home: Path, hub: Hub) -> None:
+    assert command(home, hub, "apply", "spec.yaml", "-o", "out").returncode == 0
+    hub.revisions["main"] = OLD  # the branch moves on; the manifest names the commit
+    run = command(home, hub, "verify", "out", "--reproduce")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "made again byte for byte" in run.stdout
+
+
+def test_a_cached_commit_needs_no_network(home: Path, hub: Hub) -> None:
+    assert command(home, hub, "plan", "spec.yaml").returncode == 0
+    num_asked = len(hub.asked)
+    run = command(home, hub, "plan", "spec.yaml", "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(run.stdout)["source"] == f"{REPO}@{NEW}"
+    assert len(hub.asked) == num_asked
+
+
+def test_a_local_path_wins_over_the_hub(home: Path, hub: Hub, local: Path) -> None:
+    (home / "org").mkdir()
+    (home / "org" / "tiny").symlink_to(local)
+    run = command(home, hub, "plan", "spec.yaml", "--json")
+    assert json.loads(run.stdout)["source"].startswith("sha256:")
+    assert hub.asked == []
+
+
+def failure(run: subprocess.CompletedProcess[str]) -> str:
+    assert (run.returncode, run.stdout) == (1, "")
+    assert re.match(r"error: .*\n  at   .*\n  fix  .*\n\Z", run.stderr), run.stderr
+    return run.stderr
+
+
+def test_a_repository_that_does_not_exist_is_refused(home: Path, hub: Hub) -> None:
+    message = failure(command(home, hub, "plan", "spec.yaml", "--set", "model=org/other"))
+    assert "at   org/other" in message and "hf auth login" in message
+
+
+def test_a_revision_that_does_not_exist_is_refused(home: Path, hub: Hub) -> None:
+    message = failure(command(home, hub, "plan", "spec.yaml", "--set", f"model={REPO}@v9"))
+    assert f"{REPO}@v9" in message and "check what follows the @" in message
+
+
+def test_a_hub_that_is_not_there_is_named_as_the_cause(home: Path, hub: Hub) -> None:
+    nobody = "http://127.0.0.1:9"
+    message = failure(command(home, hub, "plan", "spec.yaml", HF_ENDPOINT=nobody))
+    assert REPO in message and "network" in message
+
+
+def test_an_id_that_is_none_never_reaches_the_hub(home: Path, hub: Hub) -> None:
+    for source in ("tiny", "a/b/c", "org/tiny@", "./org/tiny", "../tiny", "~/tiny", "org/../x@y/z", "--/--"):
+        message = failure(command(home, hub, "plan", "spec.yaml", "--set", f"model={source}"))
+        assert source in message
+    assert hub.asked == []
+
+
+def test_a_damaged_download_is_refused(home: Path, hub: Hub) -> None:
+    hub.files[NEW]["model.safetensors"] = hub.files[NEW]["model.safetensors"][:-4]
+    message = failure(command(home, hub, "plan", "spec.yaml"))
+    assert "is truncated" in message and f"{NEW}/model.safetensors" in message

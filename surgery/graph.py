@@ -116,10 +116,20 @@ class TiledKernel(Kernel):
         return None
 
     @abstractmethod
-    def tile(
-        self, state: object, num_elements: int, *tiles: Tensor
-    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
+    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
         """Main pass over `num_elements` of the domain: a flat tensor for each port, None for a whole one."""
+
+    def rounds(self, *inputs: TensorType) -> bool:
+        """Whether what a loader makes of the result can differ from the first input."""
+        del inputs
+        return False
+
+    def restore(self, state: object, num_elements: int, ports: Sequence[Tensor | None], *inputs: TensorType) -> Tensor:
+        """What a loader makes of a tile's ports: flat floats to be held against the first input."""
+        del state, num_elements, inputs
+        value = ports[0]
+        assert value is not None
+        return value
 
     def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
         """The ports that come from the state alone."""

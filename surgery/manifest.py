@@ -96,6 +96,17 @@ def _tensor(tensor: TensorPlan, record: TensorRecord) -> dict[str, object]:
     return entry
 
 
+def _is_whole(fields: dict[str, object]) -> bool:
+    """Whether everything that verifying reads is there, in the form in which it was written."""
+    files, tensors = fields.get("files"), fields.get("tensors")
+    if fields.get("version") != 1 or not isinstance(files, list) or not isinstance(tensors, dict):
+        return False
+    entries = [*cast("list[object]", files), *cast("dict[str, object]", tensors).values()]
+    return isinstance(fields.get("spec"), dict) and all(
+        isinstance(entry, dict) and isinstance(cast("dict[str, object]", entry).get("sha256"), str) for entry in entries
+    )
+
+
 def read_manifest(out: Path) -> Manifest:
     """The manifest in `out`. Raises VerifyError if there is none, or if one bit of it was changed."""
     path = out / MANIFEST_NAME
@@ -109,6 +120,6 @@ def read_manifest(out: Path) -> Manifest:
         raise VerifyError(Problem(f"is damaged: {error}", str(path), "apply again")) from None
     fields = cast("dict[str, object]", content) if isinstance(content, dict) else {}
     manifest = Manifest(fields)
-    if fields.get("version") != 1 or manifest.encode() != raw:
+    if not _is_whole(fields) or manifest.encode() != raw:
         raise VerifyError(Problem("is damaged: it does not match its own seal", str(path), "apply again"))
     return manifest

@@ -98,7 +98,9 @@ def _excepted(edit: Edit, candidates: Mapping[str, Module]) -> tuple[set[str], l
 def _no_match(edit: Edit, regex: re.Pattern[str], candidates: Iterable[str], kind: str = "") -> Problem:
     names = list(candidates)
     what = f"{kind}`{regex.pattern}` matches none of {len(names)} {edit.op.selects}"
-    return Problem(what, edit.pattern_place, _nearest(regex.pattern, names, edit.op.selects))
+    return Problem(
+        what, edit.except_place if kind else edit.pattern_place, _nearest(regex.pattern, names, edit.op.selects)
+    )
 
 
 def _nearest(pattern: str, names: list[str], noun: str) -> str:

@@ -50,7 +50,6 @@ def _count(number: int, noun: str) -> str:
 
 def _rows(plan: Plan, mark: str) -> Iterator[Row]:
     labelled = {tensor.node.call for tensor in plan.tensors if tensor.node.kernel.label}
-    renamed = {tensor.origin for tensor in plan.tensors if tensor.name != tensor.origin}
     for tensor in plan.tensors:
         is_part = tensor.node.call in labelled and tensor.node.port > 0
         if mark == "~" and tensor.action == "change" and not is_part:
@@ -60,7 +59,7 @@ def _rows(plan: Plan, mark: str) -> Iterator[Row]:
         elif mark == "→" and tensor.action == "rename":
             yield "→", f"{tensor.origin} → {tensor.name}", str(tensor.node.type)
     for name, type_ in plan.dropped.items():
-        if mark == "-" and name not in renamed:
+        if mark == "-":
             yield "-", name, str(type_)
 
 

@@ -239,7 +239,7 @@ def test_without_resume_a_run_begins_anew(failed: Path, source: Path, whole: dic
 
 def test_resume_is_refused_for_another_spec(failed: Path, source: Path, whole: dict[str, bytes]) -> None:
     other = plan_of(source, {"op": "tensor.cast", "tensors": ".*", "dtype": "bfloat16"})
-    with pytest.raises(surgery.OutputError, match="begun by another plan") as caught:
+    with pytest.raises(surgery.OutputError, match="begun by another run") as caught:
         surgery.apply(other, failed, resume=True)
     assert "without --resume" in str(caught.value)
     assert not failed.exists()
@@ -249,7 +249,7 @@ def test_resume_is_refused_for_another_spec(failed: Path, source: Path, whole: d
 
 def test_resume_is_refused_for_another_source(failed: Path, tmp_path: Path) -> None:
     other = checkpoint(tmp_path / "other", {**weights(), "more": torch.ones(1)})
-    with pytest.raises(surgery.OutputError, match="begun by another plan"):
+    with pytest.raises(surgery.OutputError, match="begun by another run"):
         surgery.apply(plan_of(other), failed, resume=True)
 
 

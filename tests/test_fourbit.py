@@ -12,7 +12,7 @@ from surgery.graph import ERROR_UNIT, TileError
 from surgery.numerics import fourbit
 from surgery.numerics.codebooks import CODEBOOKS, DYNAMIC_8BIT
 from surgery.numerics.mean import StreamedMean
-from surgery.numerics.rounding import tile_error
+from surgery.numerics.rounding import rounding_error, tile_error
 
 QUANT_TYPES = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -211,14 +211,15 @@ def test_a_non_finite_weight_is_found_and_makes_its_absmax_non_finite(value: flo
 @every_quant_type
 @pytest.mark.parametrize("num_elements", [1, 257, 4096, 70_001])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 1e38])
-def test_encode_with_error_measures_what_loaders_reconstruct(
+def test_the_error_measured_is_that_of_what_loaders_reconstruct(
     scale: float, num_elements: int, dtype: torch.dtype, quant_type: str
 ) -> None:
     w = torch.randn(num_elements, generator=generator(1)).clamp(-3, 3) * scale
     w = w.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else w.to(dtype)
     absmax = fourbit.block_absmax(w, 64)
     stored = absmax * (1 + 0.01 * torch.randn(absmax.numel(), generator=generator(2)))
-    packed, measured = fourbit.encode_with_error(w, absmax, stored, 64, quant_type)
+    packed = fourbit.encode(w, absmax, 64, quant_type)
+    measured = rounding_error(w, fourbit.decode(packed, stored, w.numel(), 64, quant_type, dtype))
     assert_same_bits(packed, fourbit.encode_reference(w, absmax, 64, quant_type))
     back = bnb_decode(packed, stored, w, 64, quant_type)
     error = (w.float() - back.float()).abs()
@@ -229,7 +230,8 @@ def test_encode_with_error_measures_what_loaders_reconstruct(
 def test_the_error_of_exact_weights_is_zero() -> None:
     w = torch.tensor(CODEBOOKS["nf4"]).repeat(8)
     absmax = fourbit.block_absmax(w, 64)
-    assert fourbit.encode_with_error(w, absmax, absmax, 64, "nf4")[1] == TileError(0.0, (0.0,), w.numel())
+    restored = fourbit.decode(fourbit.encode(w, absmax, 64, "nf4"), absmax, w.numel(), 64, "nf4", w.dtype)
+    assert rounding_error(w, restored) == TileError(0.0, (0.0,), w.numel())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e30])
@@ -290,11 +292,12 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(dtype: torch.dtype, quant_type: str) -
     absmax = fourbit.block_absmax(w, 64)
     device_absmax = fourbit.block_absmax(w.cuda(), 64)
     assert_same_bits(device_absmax.cpu(), absmax)
-    here = fourbit.encode_with_error(w, absmax, absmax, 64, quant_type)
-    there = fourbit.encode_with_error(w.cuda(), device_absmax, device_absmax, 64, quant_type)
-    assert_same_bits(there[0].cpu(), here[0])
-    assert there[1] == here[1]
+    here = fourbit.encode(w, absmax, 64, quant_type)
+    there = fourbit.encode(w.cuda(), device_absmax, 64, quant_type)
+    assert_same_bits(there.cpu(), here)
     reference = fourbit.encode_reference(w.cuda(), device_absmax, 64, quant_type)
-    assert_same_bits(reference.cpu(), here[0])
-    back = fourbit.decode(there[0], device_absmax, w.numel(), 64, quant_type, dtype)
-    assert_same_bits(back.cpu(), fourbit.decode(here[0], absmax, w.numel(), 64, quant_type, dtype))
+    assert_same_bits(reference.cpu(), here)
+    here_back = fourbit.decode(here, absmax, w.numel(), 64, quant_type, dtype)
+    there_back = fourbit.decode(there, device_absmax, w.numel(), 64, quant_type, dtype)
+    assert_same_bits(there_back.cpu(), here_back)
+    assert rounding_error(w.cuda(), there_back) == rounding_error(w, here_back)

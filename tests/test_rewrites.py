@@ -14,7 +14,7 @@ from torch import Tensor
 import surgery
 from surgery.formats.bitsandbytes import Dequantize4bit, Quantize4bit, QuantRecord, quantize_of_dequantize
 from surgery.graph import Graph, Node, Source, rewrite
-from surgery.numerics.cast import Cast, cast_of_cast
+from surgery.numerics.cast import Cast, cast_of_cast, transpose_of_cast
 from surgery.numerics.dtypes import dtype_of, torch_dtype
 from surgery.numerics.transpose import Transpose, transpose_of_transpose
 from surgery.op import find_op, op_names
@@ -51,7 +51,7 @@ def every_pattern(dtype: DType) -> Tensor:
 
 def test_no_rule_goes_untested() -> None:
     rules = {rule for name in op_names() for rule in find_op(name).rules}
-    assert rules == {transpose_of_transpose, cast_of_cast, quantize_of_dequantize}
+    assert rules == {transpose_of_transpose, cast_of_cast, transpose_of_cast, quantize_of_dequantize}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2", "int64", "uint8", "bool"])
@@ -63,6 +63,16 @@ def test_transpose_of_transpose_is_nothing(dtype: str, shape: tuple[int, int]) -
     (twice,) = graph.apply(Transpose(), once)
     assert rewrite(graph, [twice, once], [transpose_of_transpose]) == [source, once]
     assert_same_bits(evaluate(twice, x), x)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F64], ids=str)
+def test_a_cast_is_turned_after_or_before_alike(dtype: DType) -> None:
+    graph, x = Graph(), torch.randn(3, 5)
+    source = source_node(graph, x)
+    (turned,) = graph.apply(Transpose(), *graph.apply(Cast(dtype), source))
+    (after,) = rewrite(graph, [turned], [transpose_of_cast])
+    assert isinstance(after.kernel, Cast) and after.inputs == graph.apply(Transpose(), source)
+    assert_same_bits(evaluate(turned, x), evaluate(after, x))
 
 
 def test_any_number_of_transposes_is_none_or_one() -> None:

@@ -87,7 +87,9 @@ def open_checkpoint(source: str) -> Checkpoint:
 
 def _open_directory(directory: Path, hub: str) -> Checkpoint:
     weights = find_weights(directory)
-    files = tuple(_source_file(name, contained(directory / name, directory)) for name in weights.files)
+    for name in weights.files:
+        contained(directory / name, directory)
+    files = tuple(_source_file(name, directory / name) for name in weights.files)
     tensors, notes = _join(directory, weights, files)
     sides = side_files(directory, weights.files)
     if sides.left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,11 @@ def locate(source: str) -> Location:
 
 def _fetch(source: str) -> Location:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+    from huggingface_hub.utils import disable_progress_bars
 
     repo_id, _, revision = source.partition("@")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         found = snapshot_download(repo_id, revision=revision or None, ignore_patterns=list(NOT_FETCHED))
     except Exception as error:  # the client raises its own, httpx's and OSErrors alike

@@ -39,7 +39,7 @@ def find_weights(directory: Path) -> Weights:
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index, index.parent).get("weight_map")
     items = cast(dict[str, object], weight_map) if isinstance(weight_map, dict) else {}
-    if not items or not all(isinstance(value, str) for value in items.values()):
+    if not items or not all(is_text(key) and isinstance(value, str) for key, value in items.items()):
         what = "has no `weight_map` from tensor names to file names"
         raise CheckpointError(Problem(what, str(index), "download the index again"))
     return cast(dict[str, str], items)

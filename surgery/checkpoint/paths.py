@@ -67,11 +67,12 @@ def contained(path: Path, directory: Path) -> Path:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Raises CheckpointError for anything else: a pipe would never end."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(Problem("is no regular file", str(path), "put the file itself there"))
-        return path.open("rb")
+        file = path.open("rb") if stat.S_ISREG(path.stat().st_mode) else None
     except (OSError, ValueError) as error:
         raise CheckpointError(Problem(f"cannot be read: {_reason(error)}", str(path))) from None
+    if file is None:
+        raise CheckpointError(Problem("is no regular file", str(path), "put the file itself there"))
+    return file
 
 
 def _reason(error: Exception) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.graph import BadValue, Graph, Node, TiledKernel, TileError
-from surgery.numerics.dtypes import torch_dtype, torch_name
+from surgery.graph import BadValue, Graph, Node, TiledKernel
+from surgery.numerics.dtypes import dtype_of, torch_dtype, torch_name
+from surgery.numerics.transpose import Transpose
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Cast", "cast_of_cast", "is_exact"]
+__all__ = ["Cast", "cast_of_cast", "is_exact", "rounded", "transpose_of_cast"]
 
 E4M3_LIMIT = 464.0  # the largest magnitude that rounds to 448, the largest value
 
@@ -59,30 +60,33 @@ class Cast(TiledKernel):
         """Element by element."""
         return (1,)
 
-    def tile(
-        self, state: object, num_elements: int, *tiles: Tensor
-    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
+    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
         """One tile. Raises BadValue where a finite value is too large for the dtype."""
-        import torch
+        return (rounded(tiles[0], self.dtype),)
 
-        from surgery.numerics.dtypes import dtype_of
-        from surgery.numerics.rounding import rounding_error
-
-        (x,) = tiles
-        (y,) = self.run(x)
-        if is_exact(dtype_of(x.dtype), self.dtype):
-            return (y,), None
-        wide = x if x.dtype == torch.float64 else x.float()
-        overflowed = wide.isfinite() & ~y.float().isfinite()
-        if self.dtype is DType.F8_E4M3:  # without an infinity: torch saturates, or gives NaN, by its version
-            overflowed = wide.abs() > E4M3_LIMIT
-        if bool(overflowed.any()):
-            raise BadValue(int(overflowed.nonzero()[0]), f"is too large for {torch_name(self.dtype)}")
-        return (y,), rounding_error(x, y)
+    def rounds(self, *inputs: TensorType) -> bool:
+        """Unless every value of the input's dtype is one of `dtype`."""
+        return not is_exact(inputs[0].dtype, self.dtype)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole tensor."""
         return (inputs[0].to(torch_dtype(self.dtype)),)
+
+
+def rounded(x: Tensor, dtype: DType) -> Tensor:
+    """`x` in `dtype`. Raises BadValue where a finite value is too large for it."""
+    import torch
+
+    y = x.to(torch_dtype(dtype))
+    if is_exact(dtype_of(x.dtype), dtype):
+        return y
+    wide = x if x.dtype == torch.float64 else x.float()
+    overflowed = wide.isfinite() & ~y.float().isfinite()
+    if dtype is DType.F8_E4M3:  # without an infinity: torch saturates, or gives NaN, by its version
+        overflowed = wide.abs() > E4M3_LIMIT
+    if bool(overflowed.any()):
+        raise BadValue(int(overflowed.nonzero()[0]), f"is too large for {torch_name(dtype)}")
+    return y
 
 
 def cast_of_cast(graph: Graph, node: Node) -> Node | None:
@@ -95,3 +99,11 @@ def cast_of_cast(graph: Graph, node: Node) -> Node | None:
     if isinstance(inner.kernel, Cast) and is_exact(inner.inputs[0].type.dtype, inner.type.dtype):
         return graph.apply(node.kernel, inner.inputs[0])[0]
     return None
+
+
+def transpose_of_cast(graph: Graph, node: Node) -> Node | None:
+    """transpose(cast(x)) is cast(transpose(x)): so only sources are transposed, and casts run on tiles."""
+    if not (isinstance(node.kernel, Transpose) and isinstance(node.inputs[0].kernel, Cast)):
+        return None
+    (inner,) = node.inputs
+    return graph.apply(inner.kernel, *graph.apply(node.kernel, inner.inputs[0]))[0]

@@ -18,15 +18,13 @@ n elements, B blocks, S elements a block. Tensors stay on the device they come f
 """
 
 import math
-import threading
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from surgery.graph import TileError
 from surgery.numerics.codebooks import CODEBOOKS, DYNAMIC_8BIT
-from surgery.numerics.rounding import tile_error
+from surgery.numerics.scratch import scratch
 
 NESTED_BLOCK_SIZE = 256
 _TINY = 1e-38  # bitsandbytes' floor of a block's absmax, so that a zero block does not divide by 0
@@ -127,26 +125,11 @@ def first_non_finite(w: Tensor) -> int | None:
     return int(torch.isfinite(w).logical_not_().nonzero()[0])
 
 
-def encode_with_error(
-    w: Tensor, absmax: Tensor, stored_absmax: Tensor, block_size: int, quant_type: str
-) -> tuple[Tensor, TileError]:
-    """`encode`, and how far w is from what loaders reconstruct with `stored_absmax` f32 [B].
-
-    Errors are f32 differences of w and `decode(..., w.dtype)`.
-    """
-    packed = encode(w, absmax, block_size, quant_type)
-    error = _decode_f32(packed, stored_absmax, w.numel(), block_size, quant_type)
-    if w.dtype != torch.float32:  # explicit casts: mixed-dtype arithmetic is slower
-        error.copy_(_scratch("rounded", w.dtype, w.numel(), w.device).copy_(error))
-        w = _scratch("exact", torch.float32, w.numel(), w.device).copy_(w)
-    return packed, tile_error(error.sub_(w))
-
-
 def _largest_magnitude(w_BS: Tensor) -> Tensor:
     """f32 [B]. Integer patterns order like magnitudes, NaN above all, and compare fast."""
     wide = w_BS.dtype == torch.float32
     ints, sign_off = (torch.int32, 0x7FFFFFFF) if wide else (torch.int16, 0x7FFF)
-    bits = _scratch("magnitude", ints, w_BS.numel(), w_BS.device).view(w_BS.shape)
+    bits = scratch("magnitude", ints, w_BS.numel(), w_BS.device).view(w_BS.shape)
     torch.bitwise_and(w_BS.view(ints), sign_off, out=bits)
     return bits.amax(dim=1).view(w_BS.dtype).float()
 
@@ -189,8 +172,8 @@ def _codes_bf16(w_BS: Tensor, absmax_B: Tensor, quant_type: str) -> Tensor:
     n, device, bits_BS = w_BS.numel(), w_BS.device, w_BS.view(torch.int16)
     absmax_bits_B1 = (absmax_B.view(torch.int32) >> 16).view(-1, 1)
     row_B1 = torch.index_select(row_starts, 0, absmax_bits_B1.view(-1)).view(-1, 1)
-    step_BS = _scratch("step", torch.int16, n, device).view(w_BS.shape)
-    other_BS = _scratch("other", torch.int16, n, device).view(w_BS.shape)
+    step_BS = scratch("step", torch.int16, n, device).view(w_BS.shape)
+    other_BS = scratch("other", torch.int16, n, device).view(w_BS.shape)
 
     magnitude_BS = torch.bitwise_and(bits_BS, 0x7FFF, out=other_BS)
     torch.sub(absmax_bits_B1.short(), magnitude_BS, out=step_BS).clamp_(0, num_steps - 2)
@@ -199,9 +182,9 @@ def _codes_bf16(w_BS: Tensor, absmax_B: Tensor, quant_type: str) -> Tensor:
     minus_sign_BS = torch.bitwise_right_shift(bits_BS, 15, out=other_BS)
     step_BS.sub_(minus_sign_BS, alpha=num_steps)
 
-    index = _scratch("index", torch.int32, n, device)
+    index = scratch("index", torch.int32, n, device)
     index.view(w_BS.shape).copy_(step_BS).add_(row_B1)
-    return torch.index_select(table, 0, index, out=_scratch("codes", torch.uint8, n, device))
+    return torch.index_select(table, 0, index, out=scratch("codes", torch.uint8, n, device))
 
 
 @cache
@@ -239,13 +222,13 @@ def _codes_f32(w_BS: Tensor, absmax_B: Tensor, quant_type: str) -> Tensor:
     inverse_B1 = (1.0 / absmax_B.clamp(min=_TINY)).view(-1, 1)
     scale_B1 = inverse_B1 * _BINS_PER_UNIT
     scale_B1[absmax_B == 0] = 0.0
-    bins_BS = _scratch("bins", torch.float32, n, device).view(w_BS.shape)
-    index = _scratch("index", torch.int32, n, device)
+    bins_BS = scratch("bins", torch.float32, n, device).view(w_BS.shape)
+    index = scratch("index", torch.int32, n, device)
     torch.mul(w_BS, scale_B1, out=bins_BS)
     index.view(w_BS.shape).copy_(bins_BS.add_(_BINS_PER_UNIT + 1))
     index.clamp_(0, 2 * _BINS_PER_UNIT + 2)  # keeps blocks that are not covered inside the table
     table = _bin_table(quant_type, device)
-    codes = torch.index_select(table, 0, index, out=_scratch("codes", torch.uint8, n, device))
+    codes = torch.index_select(table, 0, index, out=scratch("codes", torch.uint8, n, device))
     _compare_crossed(codes, w_BS, inverse_B1.view(-1), quant_type)
     return codes
 
@@ -282,8 +265,8 @@ def _pack(codes: Tensor, packed: Tensor) -> None:
 def _decode_f32(packed: Tensor, absmax: Tensor, num_elements: int, block_size: int, quant_type: str) -> Tensor:
     """codebook[code] * absmax, f32 [num_elements] scratch."""
     device, num_blocks = packed.device, num_elements // block_size
-    index = _scratch("bytes", torch.int32, packed.numel(), device).copy_(packed)
-    pairs = _scratch("pairs", torch.int64, packed.numel(), device)
+    index = scratch("bytes", torch.int32, packed.numel(), device).copy_(packed)
+    pairs = scratch("pairs", torch.int64, packed.numel(), device)
     torch.index_select(_byte_table(quant_type, device), 0, index, out=pairs)
     values = pairs.view(torch.float32)[:num_elements]
     num_full = num_blocks * block_size
@@ -330,22 +313,3 @@ def _blocks_of_256(x: Tensor) -> Tensor:
     short = -x.numel() % NESTED_BLOCK_SIZE
     padded = torch.nn.functional.pad(x, (0, short)) if short else x
     return padded.view(-1, NESTED_BLOCK_SIZE)
-
-
-class _Buffers(threading.local):
-    """One thread's buffers: faulting fresh pages in costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.by_use: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-
-_BUFFERS = _Buffers()
-
-
-def _scratch(use: str, dtype: torch.dtype, num_elements: int, device: torch.device) -> Tensor:
-    """Uninitialised [num_elements], valid until this thread asks for the same use again."""
-    key = (use, dtype, device)
-    buffer = _BUFFERS.by_use.get(key)
-    if buffer is None or buffer.numel() < num_elements:
-        buffer = _BUFFERS.by_use[key] = torch.empty(num_elements, dtype=dtype, device=device)
-    return buffer[:num_elements]

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from surgery.graph import ERROR_UNIT, TileError
+from surgery.numerics.scratch import scratch
 
 __all__ = ["rounding_error", "tile_error"]
 
 _SQUARES_FIT = (2.0**-40, 2.0**40)  # largest errors whose squares, summed, need no scaling
 
 
-def rounding_error(x: Tensor, rounded: Tensor) -> TileError:
-    """The error of `rounded` against `x`, both float [n], in f32 (in f64 where x is)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    error = rounded.to(wide) - x.to(wide)
-    return tile_error(error.nan_to_num_(0.0, 0.0, 0.0).float())  # what is not finite in x is copied as it is
+def rounding_error(exact: Tensor, rounded: Tensor) -> TileError:
+    """The error of `rounded` against `exact`, both float [n], as f32 differences (f64 where `exact` is)."""
+    wide = torch.float64 if exact.dtype == torch.float64 else torch.float32
+    error = scratch("error", wide, exact.numel(), exact.device).copy_(rounded)
+    if exact.dtype != wide:  # an explicit cast: mixed-dtype arithmetic is slower
+        exact = scratch("exact", wide, exact.numel(), exact.device).copy_(exact)
+    return tile_error(error.sub_(exact).float())
 
 
 def tile_error(error: Tensor) -> TileError:
@@ -38,6 +41,8 @@ def tile_error(error: Tensor) -> TileError:
 def _unit_sums(error_UE: Tensor) -> tuple[list[float], list[float]]:
     """Max and sum of squares of each row."""
     largest_U = _floats(error_UE.abs().amax(dim=1))
+    if not all(map(math.isfinite, largest_U)):  # what is not finite in the source stays so: no error
+        largest_U = _floats(error_UE.nan_to_num_(0.0, 0.0, 0.0).abs().amax(dim=1))
     if all(value == 0.0 or _SQUARES_FIT[0] <= value <= _SQUARES_FIT[1] for value in largest_U):
         return largest_U, _fold(error_UE.mul_(error_UE))
     return largest_U, [_scaled_sum(row, value) for row, value in zip(error_UE, largest_U, strict=True)]

@@ -43,7 +43,7 @@ class Plan:
     checkpoint: Checkpoint
     graph: Graph
     tensors: tuple[TensorPlan, ...]
-    dropped: Mapping[str, TensorType]  # source tensors that have no name in the output
+    dropped: Mapping[str, TensorType]  # source tensors that no output is, or is in the first place made from
     config: bytes | None  # config.json; None where the source has none
     layout: Layout
     cost: Cost
@@ -92,8 +92,7 @@ class Plan:
         counts: dict[str, int] = dict.fromkeys(("change", "add", "drop", "rename", "copy"), 0)
         for tensor in self.tensors:
             counts[tensor.action] += 1
-        renamed = {tensor.origin for tensor in self.tensors if tensor.name != tensor.origin}
-        counts["drop"] = sum(name not in renamed for name in self.dropped)
+        counts["drop"] = len(self.dropped)
         return counts
 
 

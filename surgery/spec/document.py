@@ -18,6 +18,7 @@ Keys = tuple[str | int, ...]
 
 MAX_NODES = 100_000  # an alias stands for all it names: a few lines can expand to billions
 MAX_DEPTH = 64
+PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 MAX_BYTES = 16 * 1024 * 1024
 
 
@@ -87,6 +88,8 @@ class _Builder:
                 loader.dispose()  # pyright: ignore[reportUnknownMemberType]
         except yaml.YAMLError as error:
             raise SpecError(self._syntax_problem(error)) from None
+        except SpecError:
+            raise
         except (RecursionError, ValueError) as error:
             raise SpecError(Problem(f"is no valid YAML: {error}", self.file)) from None
         if self.problems:
@@ -107,6 +110,9 @@ class _Builder:
             what = f"expands to more than {MAX_NODES} values or {MAX_DEPTH} levels"
             raise SpecError(Problem(what, f"{self.file}:{line}", "write it without anchors and aliases"))
         self.lines.setdefault(keys, line)
+        if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN_TAGS:
+            what = f"could not determine a constructor for the tag {node.tag!r}"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(loader, node, keys)
         if isinstance(node, yaml.SequenceNode):

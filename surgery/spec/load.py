@@ -103,7 +103,8 @@ class _Loader:
         if mistake:
             self._report(mistake, keys)
         place = self.document.place(keys)
-        return Edit(index, op, patterns, place, self.document.place((*keys, op.selects)))
+        places = (self.document.place((*keys, key)) for key in (op.selects, "except"))
+        return Edit(index, op, patterns, place, *places)
 
     def _report_unknown_op(self, name: object, keys: Keys) -> None:
         if name is None:

@@ -35,6 +35,7 @@ class Edit:
     patterns: Patterns
     place: str  # `qlora.yaml:7, edits[1]`
     pattern_place: str
+    except_place: str
 
     def __str__(self) -> str:
         return f"edits[{self.index}] ({self.op.name})"

@@ -17,6 +17,7 @@ from surgery.cost import tile_elements
 from surgery.errors import OpError, Problem
 from surgery.graph import BadValue, Kernel, Node, Source, TiledKernel, TileError
 from surgery.numerics.dtypes import torch_dtype
+from surgery.numerics.rounding import rounding_error
 from surgery.numerics.transpose import Transpose
 
 __all__ = ["Call", "Evaluation", "Need", "Span"]
@@ -34,6 +35,7 @@ class Evaluation:
     num_tile_elements: int
     states: dict[Call, object] = field(default_factory=dict[Call, object])
     wholes: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+    errors: list[TileError] = field(default_factory=list[TileError])  # of tiles that became a whole value
 
     def spans(self, call: Call) -> Iterator[Span]:
         """The tiles of the call's domain, in order."""
@@ -55,16 +57,36 @@ class Evaluation:
         elif node not in self.wholes:
             yield from self.needed(node.call, _domain_span(node, start, stop))
 
-    def tile(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> tuple[list[Tensor | None], TileError | None]:
+    def tile(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> tuple[Tensor | None, ...]:
         """All ports of `call` over `span`, flat, on the device. Raises OpError for a weight it cannot take."""
         kernel, _ = call
         assert isinstance(kernel, TiledKernel)
         inputs = self._inputs(call, span, read)
         try:
-            ports, error = kernel.tile(self.states.get(call), span[1] - span[0], *inputs)
+            return kernel.tile(self.states.get(call), span[1] - span[0], *inputs)
         except (BadValue, ValueError) as problem:
             raise _located(problem, call, span) from None
-        return list(ports), error
+
+    def measured(
+        self, call: Call, span: Span, read: Mapping[Need, Tensor]
+    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
+        """`tile`, and how far what a loader makes of it is from the source, where anything is rounded on the way."""
+        ports = self.tile(call, span, read)
+        exact = self._exact(call, span, read) if _rounds(call) else None
+        if exact is None:
+            return ports, None
+        kernel, inputs = call
+        assert isinstance(kernel, TiledKernel)
+        types = [node.type for node in inputs]
+        return ports, rounding_error(exact, kernel.restore(self.states.get(call), span[1] - span[0], ports, *types))
+
+    def _exact(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> Tensor | None:
+        """The source elements that `span` was made from; None where they are not element for element."""
+        node, start, stop = next(_input_ranges(call, span))
+        if node in self.wholes or isinstance(node.kernel, Source):
+            is_lockstep = stop - start == span[1] - span[0] and node.type.dtype.is_float
+            return self._elements(node, start, stop, read) if is_lockstep else None
+        return self._exact(node.call, _domain_span(node, start, stop), read)
 
     def partial(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> Tensor:
         """What `span` adds to the state of `call`."""
@@ -92,9 +114,16 @@ class Evaluation:
         if kernel.port_steps()[node.port] is None:
             types = [child.type for child in node.inputs]
             return kernel.whole_ports(self.states.get(node.call), *types)[node.port].to(self.device)
-        value = self.tile(node.call, _domain_span(node, start, stop), read)[0][node.port]
+        value = self.tile(node.call, _domain_span(node, start, stop), read)[node.port]
         assert value is not None
         return value
+
+
+def _rounds(call: Call) -> bool:
+    kernel, inputs = call
+    if not isinstance(kernel, TiledKernel):
+        return False
+    return kernel.rounds(*(node.type for node in inputs)) or _rounds(inputs[0].call)
 
 
 def _input_ranges(call: Call, span: Span) -> Iterator[Need]:
@@ -118,15 +147,24 @@ def _domain_span(node: Node, start: int, stop: int) -> Span:
 
 
 def _located(problem: BadValue | ValueError, call: Call, span: Span) -> OpError:
-    node = call[1][0]
+    kernel, inputs = call
+    node = inputs[0]
     if not isinstance(problem, BadValue):
         return OpError(Problem(f"`{_source_name(node)}` {problem}"))
-    index = span[0] + problem.index
-    place = _unravel(index, node.type.shape)
-    if isinstance(node.kernel, Transpose):
+    (first, *_) = kernel.infer(*(child.type for child in inputs))
+    shape = node.type.shape if node.type.dtype.is_float else first.shape
+    place = _unravel(span[0] + problem.index, shape)
+    if _is_turned(node):
         place = place[::-1]
     what = f"`{_source_name(node)}` holds a value at {list(place)} that {problem.what}"
     return OpError(Problem(what, fix="repair the source, or take the tensor away with `except`"))
+
+
+def _is_turned(node: Node) -> bool:
+    """Whether an odd number of transposes lies between `node` and its source."""
+    if isinstance(node.kernel, Source):
+        return False
+    return isinstance(node.kernel, Transpose) != _is_turned(node.inputs[0])
 
 
 def _source_name(node: Node) -> str:

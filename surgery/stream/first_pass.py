@@ -98,13 +98,14 @@ class FirstPass:
         """All tiles of `node`, flat."""
         flat = torch.empty(node.type.num_elements, dtype=torch_dtype(node.type.dtype), device=evaluation.device)
 
-        def submit(span: Span) -> Future[tuple[list[Tensor | None], TileError | None]]:
+        def submit(span: Span) -> Future[tuple[tuple[Tensor | None, ...], TileError | None]]:
             read = self._intake.read(evaluation, node.call, span)
-            return self._executor.submit(self._then_release, evaluation.tile, node.call, span, read)
+            return self._executor.submit(self._then_release, evaluation.measured, node.call, span, read)
 
         position = 0
-        for ports, _ in self._in_order(submit, evaluation.spans(node.call)):
+        for ports, error in self._in_order(submit, evaluation.spans(node.call)):
             value = cast(Tensor, ports[node.port])
             flat[position : position + value.numel()] = value
+            evaluation.errors += [error] if error else []
             position += value.numel()
         return flat

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surgery.graph import Kernel, Node, Source, TiledKernel, TileError
 from surgery.layout import OutputFile, Placed
+from surgery.numerics.transpose import Transpose
 from surgery.plan import Plan
 from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Call, Evaluation, Span
@@ -36,7 +37,7 @@ class Chunk:
     placed: Placed
     start: int
     data: memoryview
-    error: TileError | None
+    errors: tuple[TileError, ...] = ()  # of rounding, tile by tile
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ class Stream:
                 stop = min(start + COPY_BYTES, num_bytes)
                 self._window.acquire(stop - start)
                 buffer = self._intake.read_bytes(kernel.name, start, stop)
-                chunk = Chunk(group.file, placed, start, buffer.numpy().data, None)
+                chunk = Chunk(group.file, placed, start, buffer.numpy().data)
                 give_back = partial(self._give_back, [buffer], stop - start)
                 self._queue.put(_Item(_finished([chunk]), give_back))
 
@@ -165,7 +166,7 @@ class Stream:
         assert isinstance(kernel, TiledKernel)
         ports = kernel.whole_ports(evaluation.states.get(group.call), *(node.type for node in inputs))
         chunks = [
-            Chunk(group.file, placed, 0, _bytes_of(ports[placed.node.port]), None)
+            Chunk(group.file, placed, 0, _bytes_of(ports[placed.node.port]))
             for placed in group.outputs
             if placed.node.port in ports
         ]
@@ -176,9 +177,11 @@ class Stream:
             self._first_pass.evaluate_whole(placed.node, evaluation)
             data = _bytes_of(evaluation.wholes[placed.node])
             chunks = [
-                Chunk(group.file, placed, start, data[start : start + COPY_BYTES], None)
+                Chunk(group.file, placed, start, data[start : start + COPY_BYTES])
                 for start in range(0, len(data), COPY_BYTES)
             ]
+            if isinstance(group.call[0], Transpose) and evaluation.errors:  # moves values, changes none
+                chunks.append(Chunk(group.file, placed, len(data), data[:0], tuple(evaluation.errors)))
             self._queue.put(_Item(_finished(chunks), _nothing))
 
 
@@ -191,13 +194,14 @@ def _groups(file: OutputFile) -> Iterable[_Group]:
 
 
 def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, read: Read) -> list[Chunk]:
-    ports, error = evaluation.tile(group.call, span, read)
+    ports, error = evaluation.measured(group.call, span, read)
     chunks: list[Chunk] = []
     for placed in group.outputs:
         value = ports[placed.node.port]
         if value is not None:
             start = span[0] // _step(placed.node) * placed.node.type.dtype.bits // 8
-            chunks.append(Chunk(group.file, placed, start, _bytes_of(value), error if placed.node.port == 0 else None))
+            errors = (error,) if error and placed.node.port == 0 else ()
+            chunks.append(Chunk(group.file, placed, start, _bytes_of(value), errors))
     return chunks
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -45,7 +46,7 @@ def write_output(
             manifest = _fill(plan, workplace.path, resources, report, resume=resume)
             workplace.publish()
         except BaseException:
-            if not _Journal(workplace.path / JOURNAL_NAME, plan.digest).has_entries():
+            if not _Journal(workplace.path / JOURNAL_NAME, _run_identity(plan)).has_entries():
                 workplace.remove()
             raise
         finally:
@@ -59,7 +60,7 @@ def write_output(
 
 
 def _fill(plan: Plan, directory: Path, resources: Resources, report: ProgressReport, *, resume: bool) -> Manifest:
-    journal = _Journal(directory / JOURNAL_NAME, plan.digest)
+    journal = _Journal(directory / JOURNAL_NAME, _run_identity(plan))
     finished = journal.finished(directory) if resume else {}
     journal.start(finished)
     stream = Stream(plan, resources)
@@ -108,12 +109,18 @@ def _write_weights(
     return [records[file.name] for file in plan.layout.files]
 
 
+def _run_identity(plan: Plan) -> str:
+    """What a run to be resumed must have in common with this one: the plan, and the state of the source."""
+    state = [[file.name, file.header.file_bytes, file.mtime_ns] for file in plan.checkpoint.files]
+    return f"{plan.digest} {version('model-surgery')} {json.dumps(state)}"
+
+
 class _Journal:
     """The weight files that are finished, with their evidence: what `resume` need not do again."""
 
-    def __init__(self, path: Path, digest: str) -> None:
+    def __init__(self, path: Path, run: str) -> None:
         self._path = path
-        self._digest = digest
+        self._run = run
 
     def has_entries(self) -> bool:
         """Whether there is anything to resume from."""
@@ -123,17 +130,19 @@ class _Journal:
         """Files of an earlier run of the same plan whose bytes still have their hash."""
         if not self._path.exists():
             return {}
-        digest, *lines = self._path.read_text().split("\n")
-        if digest != self._digest:
-            what = "was begun by another plan: the spec, the source or the options differ"
+        run, *lines = self._path.read_text().split("\n")
+        if run != self._run:
+            what = (
+                "was begun by another run: the spec, the source or surgery's version differ, or the source was touched"
+            )
             fix = "run without --resume to begin anew, or with the spec and source of the run to be resumed"
             raise OutputError(Problem(what, str(directory), fix))
-        records = [_decode_record(line) for line in lines if line.endswith("}")]
+        records = [_decode_record(line) for line in lines[:-1]]  # the last is empty, or cut short by a kill
         return {record.name: record for record in records if _hash_file(directory / record.name) == record.sha256}
 
     def start(self, finished: Mapping[str, FileRecord]) -> None:
         """Begin the journal with what is finished already."""
-        self._path.write_text(self._digest + "\n")
+        self._path.write_text(self._run + "\n")
         for record in finished.values():
             self.add(record)
 

@@ -32,17 +32,25 @@ class Workplace:
 
     def check(self, plan: Plan) -> None:
         """Raises OutputError for what can be known before a byte is written."""
-        source = plan.checkpoint.path.resolve()
+        try:
+            self._check_place(plan.checkpoint.path.resolve())
+            self._check_room(plan)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(Problem(f"cannot be a directory: {error}", str(self.out), "name another one")) from None
+
+    def _check_place(self, source: Path) -> None:
         out = self.out.resolve()
-        if self.out.name in ("", "..") or out == source or source.is_relative_to(out):
-            what = "is the source, or holds it"
+        inside = source.is_dir() and out.is_relative_to(source)
+        if self.out.name in ("", "..") or inside or source.is_relative_to(out):
+            what = "is the source, holds it, or lies in it"
             raise OutputError(Problem(what, str(self.out), "name another directory: the source is never written"))
         if os.path.lexists(self.out) and not self._overwrite:
             fix = "name another directory, or give --overwrite to replace it"
             raise OutputError(Problem("exists already", str(self.out), fix))
         if os.path.lexists(self.out) and Path.cwd().is_relative_to(out):
             raise OutputError(Problem("is where you are: it cannot be replaced", str(self.out), "go elsewhere"))
-        self._check_room(plan)
 
     def _check_room(self, plan: Plan) -> None:
         parent = next(path for path in self.out.parents if path.exists())

@@ -49,8 +49,7 @@ class WeightWriter:
             raise AssertionError(f"chunk of {chunk.placed.name} at {chunk.start}, expected {progress.num_bytes}")
         progress.num_bytes += len(chunk.data)
         progress.sha256.update(chunk.data)
-        if chunk.error is not None:
-            progress.errors.append(chunk.error)
+        progress.errors += chunk.errors
         self._write(chunk.data, len(self._file.header) + chunk.placed.start + chunk.start)
         if progress.num_bytes == _num_bytes(chunk.placed):
             self._follow()

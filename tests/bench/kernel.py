@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tests.bench.table import print_table, spread
 
@@ -21,7 +21,8 @@ SHAPE = (4096, 11008)  # an up_proj of Llama 7B, 45 M weights
 BLOCK_SIZE = 64
 DTYPES = ("bfloat16", "float16", "float32")
 
-Quantized = tuple["Tensor", "Tensor", "Tensor", "Tensor"]  # packed, codes and nested absmax of absmax, offset
+Parts = "list[Tensor]"
+Quantized = tuple[Parts, Parts, Parts, Parts]  # packed, codes and nested absmax of absmax, offset; in pieces
 
 
 def main(rounds: int) -> None:
@@ -47,10 +48,8 @@ def _check_equal(results: list[Quantized]) -> None:
     first, *others = results
     for other in others:
         for ours, theirs in zip(other, first, strict=True):
-            same = ours.dtype == theirs.dtype and torch.equal(
-                ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)
-            )
-            if not same:
+            bytes_of = [torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]) for parts in (ours, theirs)]
+            if not torch.equal(*bytes_of):
                 raise SystemExit("the bytes differ from bitsandbytes': nothing to time")
 
 
@@ -79,12 +78,10 @@ def _bitsandbytes(w: Tensor) -> Quantized:
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(w, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
-    return packed, state.absmax, state.state2.absmax, state.offset
+    return [packed], [state.absmax], [state.state2.absmax], [state.offset]
 
 
 def _codes_alone(w: Tensor) -> Quantized:
-    import torch
-
     from surgery.numerics import fourbit
     from surgery.numerics.mean import StreamedMean
 
@@ -95,27 +92,29 @@ def _codes_alone(w: Tensor) -> Quantized:
         mean.add(absmax[-1])
     offset = mean.result()
     packed = [fourbit.encode(tile, known, BLOCK_SIZE, "nf4") for tile, known in zip(_tiles(w), absmax, strict=True)]
-    nested = [fourbit.nested_encode(known, offset) for known in absmax]
-    codes, scales = zip(*nested, strict=True)
-    return torch.cat(packed), torch.cat(codes), torch.cat(scales), offset
+    codes, scales = zip(*(fourbit.nested_encode(known, offset) for known in absmax), strict=True)
+    return packed, list(codes), list(scales), [offset]
 
 
 def _as_converted(w: Tensor) -> Quantized:
-    import torch
-
     from surgery.formats.bitsandbytes.quantize import Quantize4bit
     from surgery.numerics.dtypes import dtype_of
+    from surgery.numerics.rounding import rounding_error
     from surgery.types import TensorType
 
-    kernel = Quantize4bit("nf4", BLOCK_SIZE, True)
-    offset = kernel.combine(map(kernel.partial, _tiles(w)), TensorType(dtype_of(w.dtype), tuple(w.shape)))
-    tiles = [kernel.tile(offset, tile.numel(), tile)[0] for tile in _tiles(w)]
-    packed, codes, scales, *_ = zip(*tiles, strict=True)
-    return torch.cat(packed), torch.cat(codes), torch.cat(scales), offset
+    kernel, type_ = Quantize4bit("nf4", BLOCK_SIZE, True), TensorType(dtype_of(w.dtype), tuple(w.shape))
+    offset = cast("Tensor", kernel.combine(map(kernel.partial, _tiles(w)), type_))
+    pieces = []
+    for tile in _tiles(w):
+        ports = kernel.tile(offset, tile.numel(), tile)
+        rounding_error(tile, kernel.restore(offset, tile.numel(), ports, type_))
+        pieces.append(ports[:3])
+    packed, codes, scales = zip(*pieces, strict=True)
+    return list(packed), list(codes), list(scales), [offset]
 
 
 def _tiles(w: Tensor) -> Iterator[Tensor]:
-    from surgery.cost import tile_elements
+    from surgery.cost import LARGEST_TILE, tile_elements
     from surgery.formats.bitsandbytes.quantize import Quantize4bit
 
-    yield from w.view(-1).split(tile_elements(Quantize4bit("nf4", BLOCK_SIZE, True)))
+    yield from w.view(-1).split(tile_elements(Quantize4bit("nf4", BLOCK_SIZE, True), LARGEST_TILE))

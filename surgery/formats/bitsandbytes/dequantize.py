@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from surgery.formats.bitsandbytes.quantize import Quantize4bit
 from surgery.formats.bitsandbytes.record import QuantRecord
-from surgery.graph import Graph, Node, TiledKernel, TileError
+from surgery.graph import Graph, Node, TiledKernel
+from surgery.numerics.cast import rounded
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ class Dequantize4bit(TiledKernel):
         """As the quantization's."""
         return self._kernel().align
 
-    def tile(
-        self, state: object, num_elements: int, *tiles: Tensor
-    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
-        """Decode one tile. Raises ValueError if the stored codebook is not bitsandbytes' own."""
+    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
+        """Decode one tile.
+
+        Raises ValueError if the stored codebook is not bitsandbytes' own, BadValue for what `dtype` cannot hold.
+        """
         import torch
 
         from surgery.numerics import fourbit
@@ -79,11 +81,11 @@ class Dequantize4bit(TiledKernel):
             packed, absmax, num_elements, self.record.block_size, self.record.quant_type,
             torch_dtype(self.record.weight.dtype),
         )  # fmt: skip
-        return (weight.to(torch_dtype(self.dtype)),), None
+        return (rounded(weight, self.dtype),)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The reference, on whole tensors."""
-        (weight,), _ = self.tile(None, self.record.weight.num_elements, *(part.reshape(-1) for part in inputs))
+        (weight,) = self.tile(None, self.record.weight.num_elements, *(part.reshape(-1) for part in inputs))
         assert weight is not None
         return (weight.reshape(self.record.weight.shape),)
 

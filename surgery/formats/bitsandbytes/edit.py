@@ -45,7 +45,7 @@ def quantized(site: Site, kernel: Quantize4bit) -> Rewrite:
 
 
 def _dtype_fix(site: Site, weight: Node) -> str:
-    if weight.type.dtype.is_float and len(weight.type.shape) == 2:
+    if weight.type.dtype.is_float and len(weight.type.shape) == 2 and weight.type.num_elements:
         return f"cast it first: `op: tensor.cast`, `tensors: '{site.path}.weight'`, `dtype: bfloat16`"
     return "only Linear weights can be quantized: narrow `modules`, or take it away with `except`"
 

@@ -13,6 +13,8 @@ from surgery.formats.bitsandbytes.dequantize import quantize_of_dequantize
 from surgery.formats.bitsandbytes.edit import quantized, weight_may_be_quantized
 from surgery.formats.bitsandbytes.quantize import Quantize4bit
 from surgery.graph import Rule
+from surgery.numerics.cast import transpose_of_cast
+from surgery.numerics.transpose import transpose_of_transpose
 from surgery.op import Op, Rewrite, Site, doc
 
 __all__ = ["Bitsandbytes4bit"]
@@ -23,7 +25,7 @@ class Bitsandbytes4bit(Op):
     """A 4-bit format of bitsandbytes; a subclass names its codebook."""
 
     quant_type: ClassVar[str]
-    rules: ClassVar[tuple[Rule, ...]] = (quantize_of_dequantize,)
+    rules: ClassVar[tuple[Rule, ...]] = (quantize_of_dequantize, transpose_of_transpose, transpose_of_cast)
 
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = field(
         default=64,

@@ -6,12 +6,13 @@ tiles; given it, every block is independent of the others, whatever its tensor's
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from surgery.formats.bitsandbytes.record import NESTED_BLOCK_SIZE, QuantRecord
-from surgery.graph import BadValue, TiledKernel, TileError
+from surgery.graph import BadValue, TiledKernel
+from surgery.numerics.dtypes import torch_dtype
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -91,22 +92,32 @@ class Quantize4bit(TiledKernel):
             mean.add(absmax)
         return mean.result()
 
-    def tile(
-        self, state: object, num_elements: int, *tiles: Tensor
-    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
-        """Packed codes, absmax and nested absmax of one tile, and what rounding cost."""
+    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
+        """Packed codes, absmax and nested absmax of one tile."""
         from surgery.numerics import fourbit
 
         (weight,) = tiles
         absmax = self.partial(weight)
-        stored, ports = absmax, (absmax,)
+        packed = fourbit.encode(weight, absmax, self.block_size, self.quant_type)
+        if not self.double_quant:
+            return (packed, absmax, None, None)
+        codes, nested = fourbit.nested_encode(absmax.cpu(), cast("Tensor", state))
+        return (packed, codes, nested, None, None, None)
+
+    def rounds(self, *inputs: TensorType) -> bool:
+        """Always."""
+        return True
+
+    def restore(self, state: object, num_elements: int, ports: Sequence[Tensor | None], *inputs: TensorType) -> Tensor:
+        """code · absmax in f32, absmax as it is stored, rounded to the weight's dtype."""
+        from surgery.numerics import fourbit
+
+        packed, absmax = cast("Tensor", ports[0]), cast("Tensor", ports[1])
         if self.double_quant:
-            offset = cast("Tensor", state)
-            codes, nested = fourbit.nested_encode(absmax.cpu(), offset)
-            stored = fourbit.nested_decode(codes, nested, offset).to(weight.device)
-            ports = (codes, nested, None)
-        packed, error = fourbit.encode_with_error(weight, absmax, stored, self.block_size, self.quant_type)
-        return (packed, *ports, None, None), error
+            absmax = fourbit.nested_decode(absmax, cast("Tensor", ports[2]), cast("Tensor", state))
+        absmax = absmax.to(packed.device)
+        dtype = torch_dtype(inputs[0].dtype)
+        return fourbit.decode(packed, absmax, num_elements, self.block_size, self.quant_type, dtype)
 
     def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
         """The maps and the quant_state record."""

@@ -30,6 +30,8 @@ class Rename(Op):
 
     def check(self, patterns: tuple[re.Pattern[str], ...]) -> str:
         """`to` may only use groups that every regex has."""
+        if re.search(r"\\[^\dg]", self.to):
+            return f"`to` is `{self.to}`: it is a template, no regex; a backslash names a group"
         for pattern in patterns:
             try:
                 re.compile(pattern.pattern + "|").sub(self.to, "")

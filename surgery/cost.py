@@ -16,7 +16,7 @@ LARGEST_TILE = 4 * ERROR_UNIT  # fewer, longer steps in torch: threads wait less
 SCRATCH_PER_ELEMENT = 40  # bytes of temporaries of the hungriest kernel, for each element of a tile
 RUNTIME_BYTES = 28 << 20  # headers, queues, tables, and the code pages of kernels that importing torch does not touch
 IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back
-WINDOW_BYTES = 128 << 20  # read and not yet written: more of it makes nothing faster
+WINDOW_BYTES = 32 << 20  # read and not yet written: more of it makes nothing faster
 WORKERS_COUNTED = 4  # by `peak_memory`; each further one adds a tile
 
 

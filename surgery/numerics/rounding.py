@@ -40,12 +40,18 @@ def tile_error(error: Tensor) -> TileError:
 
 def _unit_sums(error_UE: Tensor) -> tuple[list[float], list[float]]:
     """Max and sum of squares of each row."""
-    largest_U = _floats(error_UE.abs().amax(dim=1))
+    largest_U = _largest(error_UE)
     if not all(map(math.isfinite, largest_U)):  # what is not finite in the source stays so: no error
-        largest_U = _floats(error_UE.nan_to_num_(0.0, 0.0, 0.0).abs().amax(dim=1))
+        largest_U = _largest(error_UE.nan_to_num_(0.0, 0.0, 0.0))
     if all(value == 0.0 or _SQUARES_FIT[0] <= value <= _SQUARES_FIT[1] for value in largest_U):
         return largest_U, _fold(error_UE.mul_(error_UE))
     return largest_U, [_scaled_sum(row, value) for row, value in zip(error_UE, largest_U, strict=True)]
+
+
+def _largest(error_UE: Tensor) -> list[float]:
+    """Max of each row's magnitudes, which is what is left of the row: bit patterns order like magnitudes."""
+    bits_UE = error_UE.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+    return _floats(bits_UE.amax(dim=1).view(torch.float32))
 
 
 def _scaled_sum(error: Tensor, largest: float) -> float:

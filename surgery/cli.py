@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from surgery.write import ProgressReport
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +69,18 @@ _set_option = click.option(
 def main() -> None:
     """Declarative model surgery on safetensors checkpoints."""
     signal.signal(signal.SIGTERM, _terminated)
+
+
+def run() -> None:
+    """The `surgery` command: `main`, without the wait while the interpreter takes torch apart."""
+    code: object = 1
+    try:
+        main(prog_name="surgery")
+    except SystemExit as exit:
+        code = exit.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -12,7 +12,7 @@ __all__ = ["DEFAULT_MEMORY", "LARGEST_TILE", "SMALLEST_TILE", "Cost", "cost_of",
 
 DEFAULT_MEMORY = 2 << 30
 SMALLEST_TILE = ERROR_UNIT  # elements: a tile of f32 and what is computed from it stay in a core's cache
-LARGEST_TILE = 4 * ERROR_UNIT  # fewer, longer steps in torch: threads wait less for the interpreter's lock
+LARGEST_TILE = 8 * ERROR_UNIT  # fewer, longer steps in torch: threads wait less for the interpreter's lock
 SCRATCH_PER_ELEMENT = 40  # bytes of temporaries of the hungriest kernel, for each element of a tile
 RUNTIME_BYTES = 28 << 20  # headers, queues, tables, and the code pages of kernels that importing torch does not touch
 IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back

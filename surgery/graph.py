@@ -116,8 +116,13 @@ class TiledKernel(Kernel):
         return None
 
     @abstractmethod
-    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
-        """Main pass over `num_elements` of the domain: a flat tensor for each port, None for a whole one."""
+    def tile(
+        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Main pass over `num_elements` of the domain: a flat tensor for each port, None for a whole one.
+
+        `partial` is what the first pass gave for this tile, where it was kept.
+        """
 
     def rounds(self, *inputs: TensorType) -> bool:
         """Whether what a loader makes of the result can differ from the first input."""

@@ -60,7 +60,9 @@ class Cast(TiledKernel):
         """Element by element."""
         return (1,)
 
-    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
+    def tile(
+        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """One tile. Raises BadValue where a finite value is too large for the dtype."""
         return (rounded(tiles[0], self.dtype),)
 

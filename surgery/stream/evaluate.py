@@ -57,21 +57,23 @@ class Evaluation:
         elif node not in self.wholes:
             yield from self.needed(node.call, _domain_span(node, start, stop))
 
-    def tile(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> tuple[Tensor | None, ...]:
+    def tile(
+        self, call: Call, span: Span, read: Mapping[Need, Tensor], partial: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """All ports of `call` over `span`, flat, on the device. Raises OpError for a weight it cannot take."""
         kernel, _ = call
         assert isinstance(kernel, TiledKernel)
         inputs = self._inputs(call, span, read)
         try:
-            return kernel.tile(self.states.get(call), span[1] - span[0], *inputs)
+            return kernel.tile(self.states.get(call), partial, span[1] - span[0], *inputs)
         except (BadValue, ValueError) as problem:
             raise _located(problem, call, span) from None
 
     def measured(
-        self, call: Call, span: Span, read: Mapping[Need, Tensor]
+        self, call: Call, span: Span, read: Mapping[Need, Tensor], partial: Tensor | None = None
     ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
         """`tile`, and how far what a loader makes of it is from the source, where anything is rounded on the way."""
-        ports = self.tile(call, span, read)
+        ports = self.tile(call, span, read, partial)
         exact = self._exact(call, span, read) if _rounds(call) else None
         if exact is None:
             return ports, None

@@ -15,9 +15,10 @@ from surgery.numerics.dtypes import torch_dtype
 from surgery.stream.evaluate import Call, Evaluation, Span
 from surgery.stream.intake import Intake, Read, num_bytes_of
 
-__all__ = ["FirstPass"]
+__all__ = ["FirstPass", "Held"]
 
 T = TypeVar("T")
+Held = tuple[Read, Future[Tensor]]  # a tile that was read, and what the first pass gave for it
 HELD_SHARE = 1 / 3  # of the budget: a tensor that fits is kept between its passes, so that it is read once
 
 
@@ -29,14 +30,14 @@ class FirstPass:
         self._executor = executor
         self._look_ahead = look_ahead
 
-    def prepare(self, call: Call, evaluation: Evaluation) -> dict[Span, Read]:
+    def prepare(self, call: Call, evaluation: Evaluation) -> dict[Span, Held]:
         """Everything below `call`, and its own state; returns the tiles read on the way and kept."""
         for node in toposort(call[1]):
             if not isinstance(node.kernel, TiledKernel | Source):
                 self.evaluate_whole(node, evaluation)
             elif isinstance(node.kernel, TiledKernel) and node.kernel.reduces and node.call not in evaluation.states:
                 self._reduce(node.call, evaluation, None)
-        held: dict[Span, Read] = {}
+        held: dict[Span, Held] = {}
         kernel = call[0]
         if isinstance(kernel, TiledKernel) and kernel.reduces:
             num_bytes = sum(self._intake.needs(evaluation, call, span) for span in evaluation.spans(call))
@@ -44,7 +45,7 @@ class FirstPass:
             self._reduce(call, evaluation, held if fits else None)
         return held
 
-    def _reduce(self, call: Call, evaluation: Evaluation, held: dict[Span, Read] | None) -> None:
+    def _reduce(self, call: Call, evaluation: Evaluation, held: dict[Span, Held] | None) -> None:
         kernel, inputs = call
         assert isinstance(kernel, TiledKernel)
 
@@ -52,8 +53,9 @@ class FirstPass:
             read = self._intake.read(evaluation, call, span)
             if held is None:
                 return self._executor.submit(self._then_release, evaluation.partial, call, span, read)
-            held[span] = read
-            return self._executor.submit(evaluation.partial, call, span, read)
+            future = self._executor.submit(evaluation.partial, call, span, read)
+            held[span] = (read, future)
+            return future
 
         partials = self._in_order(submit, evaluation.spans(call))
         evaluation.states[call] = kernel.combine(partials, *(node.type for node in inputs))

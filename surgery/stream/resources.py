@@ -12,7 +12,7 @@ from surgery.sizes import format_binary
 
 __all__ = ["Resources"]
 
-TILES = (LARGEST_TILE, LARGEST_TILE // 2, SMALLEST_TILE)
+TILES = (LARGEST_TILE, LARGEST_TILE // 2, LARGEST_TILE // 4, SMALLEST_TILE)
 
 
 @dataclass(frozen=True, slots=True)

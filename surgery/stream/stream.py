@@ -19,7 +19,7 @@ from surgery.numerics.transpose import Transpose
 from surgery.plan import Plan
 from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Call, Evaluation, Span
-from surgery.stream.first_pass import FirstPass
+from surgery.stream.first_pass import FirstPass, Held
 from surgery.stream.intake import Intake, Read
 from surgery.stream.read import BufferPool, SourceReader
 from surgery.stream.resources import Resources
@@ -149,15 +149,16 @@ class Stream:
         if num_bytes:
             self._queue.put(_Item(_finished([]), partial(self._budget.release, num_bytes)))
 
-    def _stream_tiles(self, group: _Group, evaluation: Evaluation, held: dict[Span, Read]) -> None:
+    def _stream_tiles(self, group: _Group, evaluation: Evaluation, held: dict[Span, Held]) -> None:
         call = group.call
         for span in evaluation.spans(call):
             written = sum(_span_bytes(placed.node, span) for placed in group.outputs)
             passing = self._intake.needs(evaluation, call, span) + written
             self._window.acquire(passing)
-            read = held.pop(span) if span in held else self._intake.read(evaluation, call, span)
+            read, first = held.pop(span, (None, None))
+            read = read or self._intake.read(evaluation, call, span)
             self._budget.acquire(written)
-            future = self._executor.submit(_tile_chunks, group, evaluation, span, read)
+            future = self._executor.submit(_tile_chunks, group, evaluation, span, read, first and first.result())
             give_back = partial(self._give_back, read.values(), passing)
             self._queue.put(_Item(future, give_back))
 
@@ -193,8 +194,8 @@ def _groups(file: OutputFile) -> Iterable[_Group]:
     return groups.values()
 
 
-def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, read: Read) -> list[Chunk]:
-    ports, error = evaluation.measured(group.call, span, read)
+def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, read: Read, partial: Tensor | None) -> list[Chunk]:
+    ports, error = evaluation.measured(group.call, span, read, partial)
     chunks: list[Chunk] = []
     for placed in group.outputs:
         value = ports[placed.node.port]

@@ -106,7 +106,7 @@ def _as_converted(w: Tensor) -> Quantized:
     offset = cast("Tensor", kernel.combine(map(kernel.partial, _tiles(w)), type_))
     pieces = []
     for tile in _tiles(w):
-        ports = kernel.tile(offset, tile.numel(), tile)
+        ports = kernel.tile(offset, None, tile.numel(), tile)
         rounding_error(tile, kernel.restore(offset, tile.numel(), ports, type_))
         pieces.append(ports[:3])
     packed, codes, scales = zip(*pieces, strict=True)

@@ -60,7 +60,9 @@ class Dequantize4bit(TiledKernel):
         """As the quantization's."""
         return self._kernel().align
 
-    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
+    def tile(
+        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Decode one tile.
 
         Raises ValueError if the stored codebook is not bitsandbytes' own, BadValue for what `dtype` cannot hold.
@@ -85,7 +87,7 @@ class Dequantize4bit(TiledKernel):
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The reference, on whole tensors."""
-        (weight,) = self.tile(None, self.record.weight.num_elements, *(part.reshape(-1) for part in inputs))
+        (weight,) = self.tile(None, None, self.record.weight.num_elements, *(part.reshape(-1) for part in inputs))
         assert weight is not None
         return (weight.reshape(self.record.weight.shape),)
 

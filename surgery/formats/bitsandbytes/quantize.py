@@ -92,12 +92,14 @@ class Quantize4bit(TiledKernel):
             mean.add(absmax)
         return mean.result()
 
-    def tile(self, state: object, num_elements: int, *tiles: Tensor) -> tuple[Tensor | None, ...]:
+    def tile(
+        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Packed codes, absmax and nested absmax of one tile."""
         from surgery.numerics import fourbit
 
         (weight,) = tiles
-        absmax = self.partial(weight)
+        absmax = self.partial(weight) if partial is None else partial.to(weight.device)
         packed = fourbit.encode(weight, absmax, self.block_size, self.quant_type)
         if not self.double_quant:
             return (packed, absmax, None, None)

@@ -39,15 +39,13 @@ def make_plan(spec: Spec, checkpoint: Checkpoint) -> Plan:
     bytes_read = sum(file.header.file_bytes for file in checkpoint.files)
     bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
     tensors = _tensor_plans(spec, checkpoint, names, layout)
-    moved = {tensor.origin for tensor in tensors if tensor.node.port == 0}
+    kept = {tensor.origin for tensor in tensors if tensor.node.port == 0}
     return Plan(
         spec=spec,
         checkpoint=checkpoint,
         graph=graph,
         tensors=tensors,
-        dropped={
-            name: entry.type for name, entry in checkpoint.tensors.items() if name not in outputs and name not in moved
-        },
+        dropped={name: entry.type for name, entry in checkpoint.tensors.items() if name not in kept},
         config=config,
         layout=layout,
         cost=cost_of(outputs.values(), bytes_read, bytes_written),

@@ -121,14 +121,15 @@ def _last_edit(entries: Iterable[Entry], spec: Spec) -> str:
 def _collisions(edit: Edit, rewrites: list[Rewrite], names: Names) -> list[Problem]:
     taken = {name for rewrite in rewrites for name in rewrite.takes}
     given: set[str] = set()
-    problems: list[Problem] = []
+    collisions: list[tuple[str, str]] = []
     for rewrite in rewrites:
         for name in rewrite.gives:
             if name in given or (name in names.entries and name not in taken):
-                what = f"`{rewrite.takes[0]}` would become `{name}`, a name that another tensor has"
-                problems.append(Problem(what, edit.place, "rename or drop the other one first"))
+                collisions.append((rewrite.takes[0], name))
             given.add(name)
-    return problems
+    more = f" (and {len(collisions) - 1} more like it)" if len(collisions) > 1 else ""
+    what = [f"`{old}` would become `{new}`, a name that another tensor has{more}" for old, new in collisions[:1]]
+    return [Problem(text, edit.place, "rename or drop the other one first") for text in what]
 
 
 def _rewritten(edit: Edit, rewrites: list[Rewrite], names: Names) -> Names:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
@@ -73,14 +74,33 @@ def main() -> None:
 
 def run() -> None:
     """The `surgery` command: `main`, without the wait while the interpreter takes torch apart."""
+    _open_standard_streams()
     code: object = 1
     try:
         main(prog_name="surgery")
     except SystemExit as exit:
         code = exit.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except OSError as error:  # what we print on is gone or full
+        with suppress(OSError):
+            click.echo(f"error: cannot print: {error.strerror}", err=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _open_standard_streams() -> None:
+    """A closed stream leads nowhere, so that no file of ours gets its number; what cannot be encoded is shown as ?."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # pyright: ignore[reportUnnecessaryComparison] # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # pyright: ignore[reportUnnecessaryComparison] # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -52,19 +52,21 @@ class Cost:
         return min(DEFAULT_MEMORY, bound, streamed)
 
 
-def tile_elements(kernel: Kernel, wanted: int = SMALLEST_TILE) -> int:
-    """Elements of the domain in one tile of this kernel's evaluation: `wanted`, as near as its blocks allow."""
-    align = lcm(kernel.align if isinstance(kernel, TiledKernel) else 1, ERROR_UNIT)
+def tile_elements(kernel: Kernel, inputs: Sequence[Node], wanted: int = SMALLEST_TILE) -> int:
+    """Elements of the domain in one tile of `kernel(*inputs)`: `wanted`, as near as the blocks of all below allow."""
+    kernels = {kernel, *(node.kernel for node in toposort(inputs))}
+    align = lcm(ERROR_UNIT, *(below.align for below in kernels if isinstance(below, TiledKernel)))
     return max(1, wanted // align) * align
 
 
 def cost_of(roots: Iterable[Node], bytes_read: int, bytes_written: int) -> Cost:
     """The cost of evaluating `roots` once each."""
     nodes = [node for node in toposort(roots) if not isinstance(node.kernel, Source)]
+    calls = {node.call for node in nodes}
     return Cost(
         bytes_read=bytes_read,
         bytes_written=bytes_written,
-        num_tile_elements=max((tile_elements(node.kernel) for node in nodes), default=0),
+        num_tile_elements=max((tile_elements(*call) for call in calls), default=0),
         largest_whole=max((whole_bytes(node) for node in nodes), default=0),
         largest_input=max((_held_bytes(node) for node in nodes), default=0),
     )

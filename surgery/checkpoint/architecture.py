@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 __all__ = ["Architecture", "Kind", "architecture_of"]
 
@@ -84,7 +85,9 @@ class Architecture:
 
     def is_tied(self, config: Mapping[str, object]) -> bool:
         """Whether head and embedding share one tensor."""
-        value = config.get("tie_word_embeddings", self.tied)
+        nested = config.get("text_config")
+        inner: Mapping[str, object] = cast(Mapping[str, object], nested) if isinstance(nested, Mapping) else {}
+        value = config.get("tie_word_embeddings", inner.get("tie_word_embeddings", self.tied))
         return bool(value)
 
 

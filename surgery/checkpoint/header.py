@@ -18,10 +18,11 @@ from surgery.checkpoint.paths import is_text, open_regular
 from surgery.errors import CheckpointError, Problem
 from surgery.types import DType, TensorType
 
-__all__ = ["Extent", "Header", "encode_header", "read_header"]
+__all__ = ["METADATA_KEY", "Extent", "Header", "encode_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference parser's limit
 LENGTH_BYTES = 8
+METADATA_KEY = "__metadata__"  # the one entry of a header that is no tensor
 MAX_DIMENSIONS = 64  # as many as torch and numpy know
 
 
@@ -71,7 +72,7 @@ def _parse(file: BinaryIO, file_bytes: int) -> Header:
         raise _Refused(f"is truncated: its header needs {LENGTH_BYTES + length} bytes, the file has {file_bytes}")
     raw = file.read(length)
     entries = _decode(raw)
-    metadata = _metadata(entries.pop("__metadata__", {}))
+    metadata = _metadata(entries.pop(METADATA_KEY, {}))
     data_start = LENGTH_BYTES + length
     tensors = {name: _extent(name, entry, data_start) for name, entry in entries.items()}
     _check_coverage(tensors, data_start, file_bytes)
@@ -150,7 +151,7 @@ def encode_header(tensors: dict[str, tuple[TensorType, int]], metadata: dict[str
 
     Padded with spaces so that the data starts at a multiple of 8 bytes.
     """
-    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    entries: dict[str, object] = {METADATA_KEY: metadata} if metadata else {}
     for name, (type_, offset) in tensors.items():
         entries[name] = {
             "dtype": type_.dtype.disk_name,

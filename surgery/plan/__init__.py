@@ -96,7 +96,7 @@ def _config(spec: Spec, checkpoint: Checkpoint, modules: Mapping[str, Module], n
     config = checkpoint.config
     for edit in spec.edits:
         config = edit.op.config(config, modules, names.architecture)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _layout(spec: Spec, checkpoint: Checkpoint, outputs: Mapping[str, Node]) -> Layout:

@@ -42,7 +42,7 @@ class Evaluation:
         kernel, inputs = call
         assert isinstance(kernel, TiledKernel)
         num_elements = kernel.domain(*(node.type for node in inputs))
-        step = tile_elements(kernel, self.num_tile_elements)
+        step = tile_elements(kernel, inputs, self.num_tile_elements)
         for start in range(0, num_elements, step):
             yield start, min(start + step, num_elements)
 
@@ -62,7 +62,7 @@ class Evaluation:
     ) -> tuple[Tensor | None, ...]:
         """All ports of `call` over `span`, flat, on the device. Raises OpError for a weight it cannot take."""
         kernel, _ = call
-        assert isinstance(kernel, TiledKernel)
+        assert isinstance(kernel, TiledKernel) and span[0] % kernel.align == 0
         inputs = self._inputs(call, span, read)
         try:
             return kernel.tile(self.states.get(call), partial, span[1] - span[0], *inputs)

@@ -102,6 +102,8 @@ def _write_weights(
             report(done, total)
         if writer and current:
             records[current.name] = journal.add(writer.finish())
+        for file in [file for file in todo if file.name not in records]:  # all of its tensors are empty
+            records[file.name] = journal.add(WeightWriter(file, directory).finish())
     finally:
         if writer:
             writer.close()

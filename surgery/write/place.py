@@ -25,8 +25,8 @@ class Workplace:
     """A hidden sibling of OUT, locked while a run writes into it."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
-        self.out = Path.cwd() / out
-        self.path = self.out.with_name(f".{self.out.name}.surgery-partial")
+        self.out = Path(os.path.abspath(out))  # noqa: PTH100 - links stay, `..` goes
+        self.path = self.out.parent / f".{self.out.name}.surgery-partial"
         self._overwrite = overwrite
         self._lock_fd = -1
 
@@ -68,6 +68,8 @@ class Workplace:
 
         Raises OutputError if another run is at work in it.
         """
+        if self.path.is_symlink():
+            raise OutputError(Problem("is a link, where the output was to grow", str(self.path), "remove it"))
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_fd = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -117,4 +117,4 @@ def _tiles(w: Tensor) -> Iterator[Tensor]:
     from surgery.cost import LARGEST_TILE, tile_elements
     from surgery.formats.bitsandbytes.quantize import Quantize4bit
 
-    yield from w.view(-1).split(tile_elements(Quantize4bit("nf4", BLOCK_SIZE, True), LARGEST_TILE))
+    yield from w.view(-1).split(tile_elements(Quantize4bit("nf4", BLOCK_SIZE, True), (), LARGEST_TILE))

@@ -18,7 +18,7 @@ FRESH_HEADS = ("classifier", "qa_outputs", "score", "pooler.dense", "cls", "clas
 
 def _method(config: Mapping[str, object]) -> str:
     entry = config.get(KEY)
-    return str(cast(Mapping[str, object], entry).get("quant_method", "")) if isinstance(entry, Mapping) else ""
+    return str(cast(Mapping[str, object], entry).get("quant_method") or "") if isinstance(entry, Mapping) else ""
 
 
 def is_bitsandbytes(config: Mapping[str, object]) -> bool:
@@ -43,16 +43,18 @@ def patch_config(
 
     `options` are the `bnb_4bit_*` entries; those of an earlier config are kept where they are silent.
     """
+    if other_method(config):
+        return config
     quantized = [module.path for module in modules.values() if module.is_quantized]
     if not quantized:
         return {key: value for key, value in config.items() if key != KEY}
     earlier: Mapping[str, object] = cast(Mapping[str, object], config[KEY]) if is_bitsandbytes(config) else {}
     entry = {
+        **earlier,
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_storage": "uint8",
-        **earlier,
         **options,
         "llm_int8_skip_modules": _skip_modules(modules, architecture, quantized),
     }

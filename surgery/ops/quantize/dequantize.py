@@ -25,7 +25,8 @@ class Dequantize(Op):
              config.json  llm_int8_skip_modules grows; without a quantized weight left, the
              quantization_config goes
     Exact    code * absmax in f32, rounded to the dtype that the quant_state names, then cast to `dtype`:
-             what bitsandbytes' `dequantize_4bit` and transformers' `dequantize(dtype)` give
+             what bitsandbytes' `dequantize_4bit` and transformers' `dequantize(dtype)` give (but for the AVX512
+             kernel of bitsandbytes 0.50, which departs from it where rows are no multiple of the block)
     Raises   OpError for a module that is not quantized, or whose parts do not fit each other
     Source   bitsandbytes 0.50, `dequantize_4bit`
     """

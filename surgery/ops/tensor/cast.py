@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from surgery.checkpoint.architecture import Architecture
-from surgery.checkpoint.modules import Module
+from surgery.checkpoint.modules import QUANTIZED_PARTS, Module
 from surgery.graph import Rule
 from surgery.numerics.cast import Cast, cast_of_cast
 from surgery.numerics.dtypes import FLOAT_NAMES, float_dtype, torch_name
@@ -35,7 +35,8 @@ class CastTensor(Op):
 
     def rewrite(self, site: Site) -> Rewrite:
         """The tensor in `dtype`."""
-        if site.module.is_quantized and not site.path.endswith(".bias"):
+        is_weight = site.path == f"{site.module.path}.weight" and site.module.is_quantized
+        if is_weight or QUANTIZED_PARTS.fullmatch(site.path):
             raise site.refuse("is a part of a quantized weight", "cast before quantizing, or `quantize.dequantize` it")
         try:
             (node,) = site.graph.apply(Cast(float_dtype(self.dtype)), site.nodes[site.path])

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from surgery.checkpoint.architecture import Architecture
+from surgery.checkpoint.header import METADATA_KEY
 from surgery.checkpoint.modules import Module
+from surgery.checkpoint.paths import is_text
 from surgery.formats.bitsandbytes import is_bitsandbytes, patch_config
 from surgery.op import Op, Rewrite, Site, doc
 
@@ -43,8 +45,8 @@ class Rename(Op):
         """The tensor under its new name."""
         assert site.match is not None
         name = site.match.expand(self.to)
-        if not name or "\0" in name:
-            raise site.refuse(f"would be renamed to {name!r}", "give a name that is not empty")
+        if not is_text(name) or not name or "\0" in name or name == METADATA_KEY:
+            raise site.refuse(f"would be renamed to {name!r}", "give a name that a safetensors file can hold")
         return Rewrite((site.path,), {name: site.nodes[site.path]})
 
     def config(

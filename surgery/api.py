@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect as python_inspect
 import os
 import tempfile
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.stream import Resources
     from surgery.write import ProgressReport
 
-__all__ = ["apply", "inspect", "load", "ops", "plan", "schema", "validate", "verify"]
+__all__ = ["apply", "inspect", "load", "ops", "plan", "resumable", "schema", "validate", "verify"]
 
 Setting = str | int | float | bool | None
 
@@ -37,11 +38,11 @@ def load(spec: str | Path | Mapping[str, object], **params: Setting) -> Spec:
     return load_spec(spec, params)
 
 
-def validate(specs: Iterable[str | Path], **params: Setting) -> list[Spec]:
-    """Check several specs without opening any source. Raises SpecError with the problems of all of them."""
+def validate(specs: str | Path | Iterable[str | Path], **params: Setting) -> list[Spec]:
+    """Check one or several specs without opening any source. Raises SpecError with the problems of all of them."""
     loaded: list[Spec] = []
     problems: list[Problem] = []
-    for spec in specs:
+    for spec in [specs] if isinstance(specs, str | Path) else specs:
         try:
             loaded.append(load_spec(spec, params))
         except SpecError as error:
@@ -88,6 +89,13 @@ def apply(
         resume=resume,
         report=report or (lambda done, total: None),
     )
+
+
+def resumable(out: str | Path) -> bool:
+    """Whether a run into `out` was stopped and left finished shards that `resume` goes on from."""
+    from surgery.write import Workplace
+
+    return Workplace(Path(out), overwrite=False).path.is_dir()
 
 
 def _resources(memory: str | int, workers: int | None, device: str) -> Resources:
@@ -137,10 +145,11 @@ def _reproduce(manifest: Manifest, out: Path, source: str | None) -> None:
     if source is None and identity.startswith("sha256:"):
         fix = "say where it is: `surgery verify OUT --reproduce --source PATH`"
         raise VerifyError(Problem("was made from a local source, which the manifest does not locate", str(out), fix))
-    again = plan({**fields, "source": source or identity})
-    if again.checkpoint.identity != identity:
-        what = f"is not what the output was made from ({identity})"
+    given = open_checkpoint(source or identity).identity
+    if given != identity:
+        what = f"is not what the output was made from: it is {given}, that was {identity}"
         raise VerifyError(Problem(what, str(source), "give the source of that run"))
+    again = plan({**fields, "source": source or identity})
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.reproduce-", dir=out.resolve().parent) as scratch:
         compare_manifests(manifest, apply(again, Path(scratch) / "out"))
 
@@ -156,7 +165,9 @@ def ops(name: str | None = None) -> str:
         width = max(map(len, op_names()))
         return "\n".join(f"{op:{width}}  {_manual(op).splitlines()[0]}" for op in op_names())
     if name not in op_names():
-        raise SurgeryError(Problem(f"there is no op `{name}`", fix=f"one of {', '.join(op_names())}"))
+        near = difflib.get_close_matches(name, op_names(), 1, 0.4)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise SurgeryError(Problem(f"there is no op `{name}`", fix=f"{hint}The ops are {', '.join(op_names())}"))
     return f"{name}\n\n{_manual(name)}\n\n{_options(name)}"
 
 

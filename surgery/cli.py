@@ -179,7 +179,8 @@ def apply(
                 report=report,
             )  # fmt: skip
     except KeyboardInterrupt:
-        click.echo(f"stopped; {out} is untouched. The same command with --resume goes on.", err=True)
+        kept = " Finished shards are kept: the same command with --resume goes on." if surgery.resumable(out) else ""
+        click.echo(f"stopped; {out} is untouched.{kept}", err=True)
         sys.exit(1)
     click.echo(str(manifest))
     click.echo(f"wrote {out}", err=True)
@@ -207,6 +208,8 @@ def _progress() -> Generator[ProgressReport]:
 @_reporting
 def verify(out: str, reproduce: bool, source: str | None) -> None:
     """Hash OUT anew and hold it against its manifest."""
+    if source is not None and not reproduce:
+        raise click.UsageError("--source goes with --reproduce")
     manifest = surgery.verify(out, reproduce=reproduce, source=source)
     num_bytes = sum(file.num_bytes for file in manifest.files)
     again = ", and made again byte for byte" if reproduce else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from surgery.checkpoint.architecture import Architecture
 from surgery.checkpoint.modules import Module
 from surgery.errors import Problem, SpecError
-from surgery.spec import Edit
+from surgery.spec import ALL_LINEAR, Edit
 
 __all__ = ["Match", "Selection", "select"]
 
@@ -36,7 +36,7 @@ def select(edit: Edit, modules: Mapping[str, Module], architecture: Architecture
     """The sites that `edit` names. Raises SpecError for a regex without a match, or a broken `expect`."""
     candidates = _candidates(edit, modules)
     matches, problems = _match(edit, candidates, architecture)
-    excepted, except_problems = _excepted(edit, candidates)
+    excepted, except_problems = _excepted(edit, candidates, [match.path for match in matches])
     problems += except_problems
     kept = tuple(match for match in matches if match.path not in excepted)
     if not problems and not kept:
@@ -84,23 +84,37 @@ def _match(
     return matches, [_no_match(edit, regex, candidates) for regex in unused]
 
 
-def _excepted(edit: Edit, candidates: Mapping[str, Module]) -> tuple[set[str], list[Problem]]:
+def _excepted(edit: Edit, candidates: Mapping[str, Module], selected: list[str]) -> tuple[set[str], list[Problem]]:
     excepted: set[str] = set()
     problems: list[Problem] = []
-    for regex in edit.patterns.excepts:
-        hits = {path for path in candidates if regex.fullmatch(path)}
+    for regex in edit.patterns.excepts if selected else ():
+        hits = {path for path in selected if regex.fullmatch(path)}
         excepted |= hits
         if not hits:
-            problems.append(_no_match(edit, regex, candidates, "`except` "))
+            others = sum(regex.fullmatch(path) is not None for path in candidates)
+            what = f"`except` `{regex.pattern}` takes nothing away from the {len(selected)} {edit.op.selects} selected"
+            what += f": none of the {others} that it matches is among them" if others else ""
+            problems.append(Problem(what, edit.except_place, _nearest(regex.pattern, selected, edit.op.selects)))
     return excepted, problems
 
 
-def _no_match(edit: Edit, regex: re.Pattern[str], candidates: Iterable[str], kind: str = "") -> Problem:
-    names = list(candidates)
-    what = f"{kind}`{regex.pattern}` matches none of {len(names)} {edit.op.selects}"
-    return Problem(
-        what, edit.except_place if kind else edit.pattern_place, _nearest(regex.pattern, names, edit.op.selects)
-    )
+def _no_match(edit: Edit, regex: re.Pattern[str], candidates: Iterable[str]) -> Problem:
+    names, noun = list(candidates), edit.op.selects
+    what = f"`{regex.pattern}` matches none of {len(names)} {noun}"
+    fix = _slip(regex.pattern, names) if noun == "modules" else ""
+    return Problem(what, edit.pattern_place, fix or _nearest(regex.pattern, names, noun))
+
+
+def _slip(pattern: str, modules: list[str]) -> str:
+    """How to mend what is almost right: a tensor's name for its module's, or a misspelt `all-linear`."""
+    if difflib.get_close_matches(pattern, [ALL_LINEAR], 1, 0.8):
+        return f"did you mean `{ALL_LINEAR}`?"
+    without = re.sub(r"(\\?\.|\.\*)?(weight|bias)$", "", pattern)
+    try:
+        count = sum(re.fullmatch(without, path) is not None for path in modules)
+    except re.error:
+        return ""
+    return f"these are names of tensors; their modules are `{without}` ({count} modules)" if count else ""
 
 
 def _nearest(pattern: str, names: list[str], noun: str) -> str:
@@ -108,10 +122,9 @@ def _nearest(pattern: str, names: list[str], noun: str) -> str:
     for name in names:
         family = re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", re.escape(name).replace(r"\.", "."))
         families[family] = families.get(family, 0) + 1
-    written = {family: re.sub(r"(?<!\\)\.", r"\\.", family) for family in families}
-    near = difflib.get_close_matches(pattern, list(written.values()), 1, 0.3)
+    written = {re.sub(r"(?<!\\)\.", r"\\.", family): count for family, count in families.items()}
+    near = difflib.get_close_matches(pattern, list(written), 1, 0.3)
     if not near:
         return f"`surgery inspect` lists the {noun}"
-    count = next(families[family] for family, text in written.items() if text == near[0])
-    singular = noun[:-1] if count == 1 else noun
-    return f"did you mean `{near[0]}` ({count} {singular})?"
+    count = written[near[0]]
+    return f"did you mean `{near[0]}` ({count} {noun if count > 1 else noun[:-1]})?"

@@ -121,3 +121,31 @@ def test_a_link_where_the_output_was_to_grow_is_not_followed(tmp_path: Path) -> 
     with pytest.raises(surgery.OutputError, match="is a link"):
         surgery.apply(surgery.plan(spec(source, {"op": "quantize.nf4", **ALL})), tmp_path / "out")
     assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_what_is_almost_right_is_recognised(tmp_path: Path) -> None:
+    source = checkpoint(
+        tmp_path / "model", {"layers.0.q_proj.weight": torch.randn(64, 64), "lm_head.weight": torch.ones(4, 4)}
+    )
+    for pattern, hint in {
+        "all_linear": "did you mean `all-linear`?",
+        r".*_proj\.weight": r"modules are `.*_proj`",
+    }.items():
+        with pytest.raises(surgery.SpecError) as caught:
+            surgery.plan(spec(source, {"op": "quantize.nf4", "modules": pattern}))
+        assert hint in caught.value.problems[0].fix
+
+
+def test_an_except_that_takes_nothing_away_is_an_error(tmp_path: Path) -> None:
+    tensors = {f"layers.{layer}.{name}.weight": torch.randn(64, 64) for layer in range(2) for name in ("q", "k")}
+    source = checkpoint(tmp_path / "model", tensors)
+    edit = {"op": "quantize.nf4", "modules": r".*\.q", "except": r".*\.k", "expect": 2}
+    with pytest.raises(surgery.SpecError, match="none of the 2 that it matches is among them"):
+        surgery.plan(spec(source, edit))
+
+
+def test_one_spec_is_validated_as_well_as_several(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("version: 1\nsource: a\nedits: []\n")
+    assert [item.source for item in surgery.validate(str(path))] == ["a"]
+    assert [item.source for item in surgery.validate([path, path])] == ["a", "a"]

@@ -131,7 +131,10 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
     run.wait_for(5)
     code, stderr = run.stop(number)
     assert code == 1
-    assert stderr == f"stopped; {run.out} is untouched. The same command with --resume goes on.\n"
+    assert (
+        stderr
+        == f"stopped; {run.out} is untouched. Finished shards are kept: the same command with --resume goes on.\n"
+    )
     assert not run.out.exists()
     surgery.apply(plan_of(source), run.out, resume=True)
     assert bytes_of(run.out) == whole

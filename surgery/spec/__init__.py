@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from surgery.spec.load import load_spec
-from surgery.spec.model import Edit, Patterns, Spec
+from surgery.spec.model import ALL_LINEAR, Edit, Patterns, Spec
 from surgery.spec.schema import spec_schema
 
-__all__ = ["Edit", "Patterns", "Spec", "load_spec", "spec_schema"]
+__all__ = ["ALL_LINEAR", "Edit", "Patterns", "Spec", "load_spec", "spec_schema"]

@@ -33,13 +33,17 @@ def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, ob
 
 
 def _find(path: Path) -> Path:
-    if path.exists() or len(path.parts) > 1:
+    """The file `path`, or the recipe of that name. Raises SpecError if there is neither."""
+    if path.exists():
         return path
-    for directory in (resources.files("surgery") / "specs", Path(__file__).parents[2] / "specs"):
-        recipe = Path(str(directory)) / path.with_suffix(".yaml")
-        if recipe.exists():
-            return recipe
-    return path
+    installed = (Path(str(resources.files("surgery"))) / "specs", Path(__file__).parents[2] / "specs")
+    recipes = {recipe.stem: recipe for directory in installed for recipe in sorted(directory.glob("*.yaml"))}
+    if len(path.parts) == 1 and path.stem in recipes:
+        return recipes[path.stem]
+    near = difflib.get_close_matches(path.stem, recipes, 1)
+    hint = f"did you mean the recipe `{near[0]}`? " if near else ""
+    fix = f"{hint}Give a YAML file, or a recipe that comes with surgery: {', '.join(recipes)}"
+    raise SpecError(Problem("is no spec: there is no such file", str(path), fix))
 
 
 class _Loader:

@@ -22,6 +22,8 @@ class CastTensor(Op):
     Writes   the same in `dtype`
              config.json  `dtype`, where most of the model's floats are cast
     Error    half a unit in the last place of `dtype`; max and RMS of each tensor are in the manifest
+    Mind     a 4-bit model keeps the dtypes on disk: give norms, embeddings and plain Linears one dtype, or its
+             forward meets two; a plain model is loaded in config.json's `dtype` whatever the tensors' own
     Raises   OpError for an integer tensor, a part of a quantized weight, or a finite value that
              `dtype` cannot hold (the tensor and the index are named)
     """

@@ -140,9 +140,9 @@ class SourceReader:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
+        files, self._files = self._files, {}
+        for file in files.values():
             os.close(file.fd)
-        self._files = {}
 
 
 def _open(file: SourceFile) -> _HashedFile:

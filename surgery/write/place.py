@@ -112,9 +112,9 @@ class Workplace:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _sync(directory: Path) -> None:

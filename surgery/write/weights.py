@@ -99,9 +99,9 @@ class WeightWriter:
 
     def close(self) -> None:
         """Close the file, finished or not."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # forgotten first: an interrupt in between must not make us close it twice
+        if fd >= 0:
+            os.close(fd)
 
 
 def _num_bytes(placed: Placed) -> int:

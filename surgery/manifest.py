@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ __all__ = ["MANIFEST_NAME", "Manifest", "make_manifest", "read_manifest"]
 
 MANIFEST_NAME = "surgery-manifest.json"
 SEAL = "manifest_sha256"
+PARTS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,15 @@ class Manifest:
         return text(self)
 
     def encode(self) -> bytes:
-        """The file's bytes, sealed with the sha256 of everything else in it."""
-        body = {key: value for key, value in self.content.items() if key != SEAL}
-        seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        return (json.dumps({**body, SEAL: seal}, indent=1, ensure_ascii=False) + "\n").encode()
+        """The file's bytes."""
+        return b"".join(self.pieces())
+
+    def pieces(self) -> Iterator[bytes]:
+        """The file's bytes, a part at a time: as JSON, 100,000 tensors are millions of little strings."""
+        parts = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(self.content)
+        while batch := "".join(islice(parts, PARTS_AT_ONCE)):
+            yield batch.encode()
+        yield b"\n"
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
@@ -57,25 +64,32 @@ def make_manifest(plan: Plan, source_hashes: Mapping[str, str], written: Sequenc
     resolved = {key: value for key, value in plan.spec.resolved.items() if key != "params"}
     resolved["source"] = plan.checkpoint.identity  # a local path would tie the bytes to one machine
     canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return Manifest(
-        {
-            "version": 1,
-            "spec": resolved,
-            "spec_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
-            "plan_sha256": plan.digest,
-            "versions": {name: version(package) for name, package in _VERSIONS.items()},
-            "source": {
-                "identity": plan.checkpoint.identity,
-                "files": [
-                    {"name": file.name, "bytes": file.header.file_bytes, "sha256": source_hashes[file.name]}
-                    for file in plan.checkpoint.files
-                ],
-            },
-            "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
-            "tensors": {tensor.name: _tensor(tensor, records[tensor.name]) for tensor in plan.tensors},
-            "dropped": {name: str(type_) for name, type_ in plan.dropped.items()},
-        }
-    )
+    body: dict[str, object] = {
+        "version": 1,
+        "spec": resolved,
+        "spec_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "plan_sha256": plan.digest,
+        "versions": {name: version(package) for name, package in _VERSIONS.items()},
+        "source": {
+            "identity": plan.checkpoint.identity,
+            "files": [
+                {"name": file.name, "bytes": file.header.file_bytes, "sha256": source_hashes[file.name]}
+                for file in plan.checkpoint.files
+            ],
+        },
+        "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
+        "tensors": {tensor.name: _tensor(tensor, records[tensor.name]) for tensor in plan.tensors},
+        "dropped": {name: str(type_) for name, type_ in plan.dropped.items()},
+    }
+    return Manifest({**body, SEAL: _seal(body)})
+
+
+def _seal(body: Mapping[str, object]) -> str:
+    """sha256 over everything in a manifest but the seal itself."""
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode({key: body[key] for key in body if key != SEAL}):
+        digest.update(piece.encode())
+    return digest.hexdigest()
 
 
 _VERSIONS = {"surgery": "model-surgery", "torch": "torch", "safetensors": "safetensors"}
@@ -120,6 +134,6 @@ def read_manifest(out: Path) -> Manifest:
         raise VerifyError(Problem(f"is damaged: {error}", str(path), "apply again")) from None
     fields = cast("dict[str, object]", content) if isinstance(content, dict) else {}
     manifest = Manifest(fields)
-    if not _is_whole(fields) or manifest.encode() != raw:
+    if not _is_whole(fields) or fields.get(SEAL) != _seal(fields) or manifest.encode() != raw:
         raise VerifyError(Problem("is damaged: it does not match its own seal", str(path), "apply again"))
     return manifest

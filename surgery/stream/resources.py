@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.cost import IN_FLIGHT_SHARE, LARGEST_TILE, RUNTIME_BYTES, SMALLEST_TILE, WINDOW_BYTES, Cost
+from surgery.cost import IN_FLIGHT_SHARE, LARGEST_TILE, SMALLEST_TILE, WINDOW_BYTES, Cost
 from surgery.errors import OutputError, Problem
 from surgery.sizes import format_binary
 
@@ -45,7 +45,7 @@ class Resources:
 
     def in_flight(self, cost: Cost) -> int:
         """Bytes for what is read and not yet written, held tensors included."""
-        return int((self.memory - RUNTIME_BYTES - self.workers * cost.tile_bytes(self.tile)) * IN_FLIGHT_SHARE)
+        return int((self.memory - cost.fixed - self.workers * cost.tile_bytes(self.tile)) * IN_FLIGHT_SHARE)
 
     def window(self, cost: Cost) -> int:
         """Bytes of it for what only passes through."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-from surgery.errors import CheckpointError, OutputError, Problem
+from surgery.checkpoint.paths import open_regular
+from surgery.errors import OutputError, Problem
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.layout import OutputFile
 from surgery.manifest import MANIFEST_NAME, Manifest, make_manifest
@@ -69,11 +70,12 @@ def _fill(plan: Plan, directory: Path, resources: Resources, report: ProgressRep
         source_hashes = stream.source_hashes()
     finally:
         stream.close()
+    del stream  # and its buffers: the manifest is the larger, the more tensors there are
     others = _write_others(plan, directory)
     manifest = make_manifest(plan, source_hashes, [*weights, *others])
-    _write_synced(directory / MANIFEST_NAME, manifest.encode())
+    _write_synced(directory / MANIFEST_NAME, manifest.pieces())
     (directory / JOURNAL_NAME).unlink()
-    return Manifest(cast(Mapping[str, object], json.loads(manifest.encode())))
+    return manifest
 
 
 def _write_weights(
@@ -176,33 +178,26 @@ def _hash_file(path: Path) -> str:
 def _write_others(plan: Plan, directory: Path) -> list[FileRecord]:
     """Index, config and side files, sorted by name."""
     contents = {INDEX_NAME: plan.layout.index, "config.json": plan.config}
-    records = [_write_synced(directory / name, content) for name, content in contents.items() if content]
+    records = [_write_synced(directory / name, [content]) for name, content in contents.items() if content]
     for name in plan.checkpoint.sides.copied:
         records.append(_copy(plan.checkpoint.path / name, directory / name, name))
     return sorted(records, key=lambda record: record.name)
 
 
-def _write_synced(path: Path, content: bytes) -> FileRecord:
+def _write_synced(path: Path, pieces: Iterable[bytes]) -> FileRecord:
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(content)
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+        num_bytes = file.tell()
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(path.name, len(content), hashlib.sha256(content).hexdigest())
+    return FileRecord(path.name, num_bytes, digest.hexdigest())
 
 
 def _copy(source: Path, target: Path, name: str) -> FileRecord:
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    num_bytes = 0
-    try:
-        reader = source.open("rb")
-    except OSError as error:
-        raise CheckpointError(Problem(f"cannot be read: {error.strerror}", str(source))) from error
-    with reader, target.open("wb") as writer:
-        while piece := reader.read(COPY_BYTES):
-            digest.update(piece)
-            num_bytes += len(piece)
-            writer.write(piece)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return FileRecord(name, num_bytes, digest.hexdigest())
+    with open_regular(source) as reader:
+        record = _write_synced(target, iter(lambda: reader.read(COPY_BYTES), b""))
+    return FileRecord(name, record.num_bytes, record.sha256)

@@ -35,6 +35,7 @@ _BF16_ABSMAX_RANGE = (2.0**-100, 2.0**15)
 
 _BINS_PER_UNIT = 1 << 16  # of v in [-1, 1]; a power of two, so that scaling by it is exact
 _F32_ABSMAX_RANGE = (2.0**-100, 2.0**125)  # 1 / absmax * _BINS_PER_UNIT is a normal number
+_CACHED = 1 << 20  # weights whose temporaries stay in a core's share of the cache
 _CROSSED = 16  # added to the code of a bin that a midpoint crosses
 _CROSSED_IN_8 = 0x1010101010101010
 
@@ -63,8 +64,11 @@ def encode(w: Tensor, absmax: Tensor, block_size: int, quant_type: str) -> Tenso
     num_full = num_blocks * block_size
     packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
     if num_full:
-        packed_BS = packed[: num_full // 2].view(num_blocks, -1)
-        _encode_full(w[:num_full].view(num_blocks, -1), absmax[:num_blocks], quant_type, packed_BS)
+        w_BS, packed_BS = w[:num_full].view(num_blocks, -1), packed[: num_full // 2].view(num_blocks, -1)
+        step = _CACHED // block_size
+        for start in range(0, num_blocks, step):
+            rows = slice(start, min(start + step, num_blocks))
+            _encode_full(w_BS[rows], absmax[rows], quant_type, packed_BS[rows])
     if num_full < w.numel():
         short = encode_reference(w[num_full:], absmax[num_blocks:], block_size, quant_type)
         packed[num_full // 2 :] = short

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.checkpoint import Checkpoint
-from surgery.checkpoint.architecture import Kind, architecture_of
+from surgery.checkpoint.architecture import architecture_of
 from surgery.checkpoint.modules import QUANTIZED_PARTS, Module, modules_of
 from surgery.types import TensorType, text
 
@@ -42,13 +42,6 @@ class Inspection:
                 if part and ".quant_state." in name:
                     label = f"bitsandbytes {name.rpartition('__')[2]}"
                     counts[label] = counts.get(label, 0) + 1
-        return counts
-
-    def kinds(self) -> dict[Kind, int]:
-        """How many modules there are of each kind."""
-        counts: dict[Kind, int] = {}
-        for module in self.modules.values():
-            counts[module.kind] = counts.get(module.kind, 0) + 1
         return counts
 
     def to_json(self) -> dict[str, object]:

@@ -100,6 +100,7 @@ class Op:
 class Option:
     """One field of an op as the spec and the schema know it."""
 
+    field: str  # of the dataclass; `key` in the spec, which may be a word that Python keeps for itself
     key: str
     doc: str
     required: bool
@@ -141,7 +142,9 @@ def options_of(op: type[Op]) -> list[Option]:
             schema["examples"] = list(field.metadata["examples"])
         required = field.default is dataclasses.MISSING
         key = field.metadata["key"] or field.name
-        options.append(Option(key, field.metadata["doc"], required, None if required else field.default, schema))
+        options.append(
+            Option(field.name, key, field.metadata["doc"], required, None if required else field.default, schema)
+        )
     return options
 
 

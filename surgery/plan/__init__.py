@@ -43,7 +43,6 @@ def make_plan(spec: Spec, checkpoint: Checkpoint) -> Plan:
     return Plan(
         spec=spec,
         checkpoint=checkpoint,
-        graph=graph,
         tensors=tensors,
         dropped={name: entry.type for name, entry in checkpoint.tensors.items() if name not in kept},
         config=config,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from surgery.checkpoint import Checkpoint
 from surgery.cost import Cost
-from surgery.graph import Graph, Node, Source, toposort
+from surgery.graph import Node, Source, toposort
 from surgery.layout import Layout
 from surgery.spec import Spec
 from surgery.types import TensorType, text
@@ -41,7 +41,6 @@ class Plan:
 
     spec: Spec
     checkpoint: Checkpoint
-    graph: Graph
     tensors: tuple[TensorPlan, ...]
     dropped: Mapping[str, TensorType]  # source tensors that no output is, or is in the first place made from
     config: bytes | None  # config.json; None where the source has none

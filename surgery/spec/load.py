@@ -101,7 +101,7 @@ class _Loader:
         patterns = self._patterns(fields, op_class, keys)
         if patterns is None:
             return None
-        values = {name: _typed(fields[key]) for name, key in _field_keys(op_class) if key in fields}
+        values = {option.field: _typed(fields[option.key]) for option in options_of(op_class) if option.key in fields}
         op = op_class(**values)
         mistake = op.check(patterns.regexes)
         if mistake:
@@ -174,10 +174,3 @@ def _list(value: object) -> list[object]:
 def _typed(value: object) -> object:
     """JSON knows one kind of number: 64.0 is 64."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _field_keys(op: type[Op]) -> list[tuple[str, str]]:
-    import dataclasses
-
-    fields = [field.name for field in dataclasses.fields(op)]  # pyright: ignore[reportArgumentType]
-    return list(zip(fields, [option.key for option in options_of(op)], strict=True))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.op import Op
-from surgery.spec.document import Document, Keys
+from surgery.spec.document import Document
 
 __all__ = ["ALL_LINEAR", "Edit", "Patterns", "Spec"]
 
@@ -51,14 +49,3 @@ class Spec:
     seed: int
     resolved: Mapping[str, object]
     document: Document
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the resolved spec as canonical JSON, hex."""
-        canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def place(self, *keys: str | int) -> str:
-        """Where a value stands: `qlora.yaml:7, edits[1].modules`."""
-        path: Keys = keys
-        return self.document.place(path)

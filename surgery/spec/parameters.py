@@ -13,7 +13,6 @@ from surgery.spec.document import Document, Keys, parse_scalar
 __all__ = ["Parameters", "substitute"]
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
-Scalar = str | int | float | bool
 
 
 class Parameters:

@@ -8,13 +8,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from surgery.checkpoint import open_checkpoint
 from surgery.cost import DEFAULT_MEMORY
 from surgery.errors import OutputError, Problem, SpecError, SurgeryError, VerifyError
 from surgery.inspection import Inspection, inspect_checkpoint
-from surgery.op import find_op, op_names, options_of
+from surgery.op import SOURCE, find_op, op_names, options_of
 from surgery.plan import Plan, make_plan
 from surgery.sizes import parse_size
 from surgery.spec import Spec, load_spec, spec_schema
@@ -58,7 +58,8 @@ def plan(spec: Spec | str | Path | Mapping[str, object], **params: Setting) -> P
     Raises SpecError, OpError or CheckpointError with what is wrong, where, and how to mend it.
     """
     loaded = spec if isinstance(spec, Spec) else load_spec(spec, params)
-    return make_plan(loaded, open_checkpoint(loaded.source))
+    sources = {SOURCE: loaded.source, **loaded.models}
+    return make_plan(loaded, {name: open_checkpoint(source) for name, source in sources.items()})
 
 
 def apply(
@@ -121,37 +122,55 @@ def _resources(memory: str | int, workers: int | None, device: str) -> Resources
     return Resources(num_bytes, workers or len(os.sched_getaffinity(0)), chosen)
 
 
-def verify(out: str | Path, *, reproduce: bool = False, source: str | None = None) -> Manifest:
+def verify(
+    out: str | Path,
+    *,
+    reproduce: bool = False,
+    source: str | None = None,
+    models: Mapping[str, str] | None = None,
+) -> Manifest:
     """Hash `out` anew and hold it against its manifest; with `reproduce`, also make it again and compare.
 
-    A manifest names a local source by its content only, so `reproduce` needs to be told where it is:
-    `source`; a Hub source is known by its commit. Raises VerifyError naming each file and tensor that differs.
+    A manifest names what is local by its content only, so `reproduce` needs to be told where it is:
+    `source`, and `models` by their names in the spec; what came from the Hub is known by its commit. Raises VerifyError naming each file and tensor that differs.
     """
     from surgery.verification import verify_output
 
     manifest = verify_output(Path(out))
     if reproduce:
-        _reproduce(manifest, Path(out), source)
+        given = dict(models or {})
+        if source is not None:
+            given[SOURCE] = source
+        _reproduce(manifest, Path(out), given)
     return manifest
 
 
-def _reproduce(manifest: Manifest, out: Path, source: str | None) -> None:
+def _reproduce(manifest: Manifest, out: Path, given: Mapping[str, str]) -> None:
     from surgery.verification import compare_manifests
 
-    spec = manifest.content["spec"]
-    assert isinstance(spec, Mapping)
-    fields: dict[str, object] = dict(spec)  # pyright: ignore[reportUnknownArgumentType]
-    identity = str(fields["source"])
-    if source is None and identity.startswith("sha256:"):
-        fix = "say where it is: `surgery verify OUT --reproduce --source PATH`"
-        raise VerifyError(Problem("was made from a local source, which the manifest does not locate", str(out), fix))
-    given = open_checkpoint(source or identity).identity
-    if given != identity:
-        what = f"is not what the output was made from: it is {given}, that was {identity}"
-        raise VerifyError(Problem(what, str(source), "give the source of that run"))
-    again = plan({**fields, "source": source or identity})
+    spec = cast("Mapping[str, object]", manifest.content["spec"])
+    identities = {SOURCE: str(spec["source"]), **cast("Mapping[str, str]", spec.get("models", {}))}
+    for name in given:
+        if name not in identities:
+            raise VerifyError(Problem(f"there is no model `{name}` in the manifest", str(out)))
+    places = {name: _place(name, identity, given.get(name), out) for name, identity in identities.items()}
+    models = {name: place for name, place in places.items() if name != SOURCE}
+    again = plan({**spec, "source": places[SOURCE], **({"models": models} if models else {})})
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.reproduce-", dir=out.resolve().parent) as scratch:
         compare_manifests(manifest, apply(again, Path(scratch) / "out"))
+
+
+def _place(name: str, identity: str, given: str | None, out: Path) -> str:
+    """Where the source, or the model `name`, is now. Raises VerifyError if that is not what it was."""
+    option = "--source PATH" if name == SOURCE else f"--model {name}=PATH"
+    if given is None and identity.startswith("sha256:"):
+        what = "was made from a local source, which the manifest does not locate"
+        raise VerifyError(Problem(what, str(out), f"say where it is: `surgery verify OUT --reproduce {option}`"))
+    found = open_checkpoint(given or identity).identity
+    if found != identity:
+        what = f"is not what the output was made from: it is {found}, that was {identity}"
+        raise VerifyError(Problem(what, str(given), "give the source of that run"))
+    return given or identity
 
 
 def inspect(source: str | Path) -> Inspection:
@@ -177,7 +196,10 @@ def _manual(name: str) -> str:
 
 def _options(name: str) -> str:
     op = find_op(name)
-    lines = ["Fields", f"  {op.selects}, except, expect", "      what it is applied to"]
+    lines = ["Fields"]
+    if op.selects != "checkpoint":
+        optional = f"; default all {op.selects}" if op.selects_all else ""
+        lines += [f"  {op.selects}, except, expect", f"      what it is applied to{optional}"]
     for option in options_of(op):
         default = "required" if option.required else f"default {option.default}"
         kind = option.schema.get("enum") or option.schema.get("type")

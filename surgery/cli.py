@@ -205,12 +205,14 @@ def _progress() -> Generator[ProgressReport]:
 @click.argument("out", type=click.Path())
 @click.option("--reproduce", is_flag=True, help="Also make it again, and compare.")
 @click.option("--source", type=click.Path(), default=None, help="Where the local source lies, for --reproduce.")
+@click.option("--model", "models", multiple=True, metavar="NAME=PATH", help="Where a local model of the spec lies.")
 @_reporting
-def verify(out: str, reproduce: bool, source: str | None) -> None:
+def verify(out: str, reproduce: bool, source: str | None, models: tuple[str, ...]) -> None:
     """Hash OUT anew and hold it against its manifest."""
-    if source is not None and not reproduce:
-        raise click.UsageError("--source goes with --reproduce")
-    manifest = surgery.verify(out, reproduce=reproduce, source=source)
+    if (source is not None or models) and not reproduce:
+        raise click.UsageError("--source and --model go with --reproduce")
+    places = {name: place for name, _, place in (model.partition("=") for model in models)}
+    manifest = surgery.verify(out, reproduce=reproduce, source=source, models=places)
     num_bytes = sum(file.num_bytes for file in manifest.files)
     again = ", and made again byte for byte" if reproduce else ""
     click.echo(

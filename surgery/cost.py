@@ -13,7 +13,7 @@ __all__ = ["DEFAULT_MEMORY", "LARGEST_TILE", "SMALLEST_TILE", "Cost", "cost_of",
 DEFAULT_MEMORY = 2 << 30
 SMALLEST_TILE = ERROR_UNIT  # elements: a tile of f32 and what is computed from it stay in a core's cache
 LARGEST_TILE = 8 * ERROR_UNIT  # fewer, longer steps in torch: threads wait less for the interpreter's lock
-SCRATCH_PER_ELEMENT = 40  # bytes of temporaries of the hungriest kernel, for each element of a tile
+VALUE_BYTES = 4  # of an element between two kernels
 RUNTIME_BYTES = 24 << 20  # queues, tables, and the code pages of kernels that importing torch does not touch
 TENSOR_BYTES = 2600  # what one output tensor takes in the plan, in the evidence and in the manifest
 IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back
@@ -29,7 +29,9 @@ class Cost:
     bytes_written: int
     num_tensors: int  # in the output
     num_tile_elements: int  # of the smallest tiles that all kernels can work on
-    largest_whole: int  # the largest set of matrices that a kernel needs whole at once
+    scratch: int  # temporaries of the hungriest kernel, for each element of a tile
+    largest_span: int  # temporaries of the largest span of a reduction that is not cut into tiles
+    largest_whole: int  # the largest set of tensors that are needed whole at once
     largest_input: int  # the largest input of a reduction, held between its passes if there is room
 
     @property
@@ -43,13 +45,17 @@ class Cost:
         return RUNTIME_BYTES + TENSOR_BYTES * self.num_tensors
 
     def memory(self, workers: int, tile: int, in_flight: int) -> int:
-        """What `workers` with tiles of `tile` elements and `in_flight` bytes besides whole matrices take."""
+        """What `workers` with tiles of `tile` elements and `in_flight` bytes besides whole tensors take."""
         kept_back = int((in_flight + self.largest_whole) / IN_FLIGHT_SHARE)
-        return self.fixed + workers * self.tile_bytes(tile) + kept_back
+        return self.fixed + self.working(workers, tile) + kept_back
+
+    def working(self, workers: int, tile: int) -> int:
+        """Temporaries of all workers."""
+        return max(workers * self.tile_bytes(tile), self.largest_span)
 
     def tile_bytes(self, tile: int) -> int:
         """A tile of at least `tile` elements with its temporaries."""
-        return max(tile, self.num_tile_elements) * SCRATCH_PER_ELEMENT
+        return max(tile, self.num_tile_elements) * self.scratch
 
     @property
     def peak_memory(self) -> int:
@@ -59,35 +65,66 @@ class Cost:
         return max(self.min_memory, min(DEFAULT_MEMORY, bound, streamed))
 
 
-def tile_elements(kernel: Kernel, inputs: Sequence[Node], wanted: int = SMALLEST_TILE) -> int:
-    """Elements of the domain in one tile of `kernel(*inputs)`: `wanted`, as near as the blocks of all below allow."""
-    kernels = {kernel, *(node.kernel for node in toposort(inputs))}
-    align = lcm(ERROR_UNIT, *(below.align for below in kernels if isinstance(below, TiledKernel)))
+Call = tuple[Kernel, tuple[Node, ...]]
+
+
+def tile_elements(kernel: TiledKernel, inputs: Sequence[Node], wanted: int = SMALLEST_TILE) -> int:
+    """Elements of the domain in one tile of `kernel(*inputs)`: `wanted`, as near as its blocks allow."""
+    del inputs
+    align = lcm(ERROR_UNIT, kernel.align)
     return max(1, wanted // align) * align
 
 
 def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int) -> Cost:
     """The cost of evaluating `roots` once each."""
-    nodes = [node for node in toposort(roots) if not isinstance(node.kernel, Source)]
-    calls = {node.call for node in nodes}
+    groups = [_Group(call) for call in dict.fromkeys(root.call for root in roots) if not isinstance(call[0], Source)]
     return Cost(
         bytes_read=bytes_read,
         bytes_written=bytes_written,
         num_tensors=len(roots),
-        num_tile_elements=max((tile_elements(*call) for call in calls), default=0),
-        largest_whole=max((whole_bytes(node) for node in nodes), default=0),
-        largest_input=max((_held_bytes(node) for node in nodes), default=0),
+        num_tile_elements=max((group.tile for group in groups), default=0),
+        scratch=max((group.scratch for group in groups), default=0),
+        largest_span=max((group.span for group in groups), default=0),
+        largest_whole=max((group.whole for group in groups), default=0),
+        largest_input=max((group.held for group in groups), default=0),
     )
 
 
-def _held_bytes(node: Node) -> int:
-    reduces = isinstance(node.kernel, TiledKernel) and node.kernel.reduces
-    return sum(child.type.num_bytes for child in node.inputs) if reduces else 0
+class _Group:
+    """What evaluating one call takes, with all below it."""
+
+    def __init__(self, root: Call) -> None:
+        nodes = list(toposort(root[1]))
+        calls = list(dict.fromkeys([*(node.call for node in nodes), root]))
+        tiled = [(kernel, inputs) for kernel, inputs in calls if isinstance(kernel, TiledKernel)]
+        self.tile = max((tile_elements(kernel, inputs) for kernel, inputs in tiled), default=0)
+        between = VALUE_BYTES * (len(tiled) - 1)  # what one kernel hands to the next
+        self.scratch = max((kernel.scratch + between for kernel, _ in tiled), default=0)
+        self.span = max((_span_bytes(kernel, inputs) for kernel, inputs in tiled), default=0)
+        needed_whole = {
+            node
+            for kernel, inputs in tiled
+            for node, step in zip(inputs, kernel.input_steps(), strict=True)
+            if step is None
+        }
+        self.whole = sum(node.type.num_bytes for node in needed_whole) + max(map(_untiled_bytes, calls), default=0)
+        reduces = any(kernel.reductions for kernel, _ in tiled)
+        sources = (node for node in nodes if isinstance(node.kernel, Source))
+        self.held = sum(node.type.num_bytes for node in sources) if reduces else 0
 
 
-def whole_bytes(node: Node) -> int:
-    """Bytes that evaluating `node` holds at once because its kernel has no tiles."""
-    if isinstance(node.kernel, TiledKernel | Source):
+def _span_bytes(kernel: TiledKernel, inputs: Sequence[Node]) -> int:
+    types = [node.type for node in inputs]
+    unit = kernel.unit(*types) if kernel.reductions else None
+    return min(unit, kernel.domain(*types)) * (kernel.scratch + 8) if unit else 0
+
+
+def _untiled_bytes(call: Call) -> int:
+    """Bytes that a kernel without tiles holds at once, with those below it."""
+    kernel, inputs = call
+    if isinstance(kernel, TiledKernel | Source):
         return 0
-    inputs = sum(child.type.num_bytes for child in node.inputs)
-    return inputs + sum(whole_bytes(child) for child in node.inputs) + node.type.num_bytes
+    types = [node.type for node in inputs]
+    outputs = sum(type_.num_bytes for type_ in kernel.infer(*types))
+    below = sum(_untiled_bytes(node.call) for node in inputs)
+    return sum(type_.num_bytes for type_ in types) + below + outputs + kernel.workspace(*types)

@@ -8,6 +8,10 @@ A kernel works on the flattened tensors, over a *domain* of elements (usually th
 the weight). `input_steps` and `port_steps` say how many elements of the domain one element of
 each input or output stands for; None says that the whole tensor is needed, or that it is
 known as soon as the reduction is. A kernel without steps needs all its inputs whole.
+
+A reduction runs before the first tile, in as many passes as the kernel asks for: `partial` of
+every span, then `combine`. Where the bits of a reduction depend on how it is cut, `unit` fixes the
+spans, so that neither the memory nor the number of workers shows in the output.
 """
 
 from __future__ import annotations
@@ -31,12 +35,17 @@ __all__ = [
     "Node",
     "Rule",
     "Source",
+    "Span",
     "TileError",
     "TiledKernel",
     "bits_per_element",
     "rewrite",
     "toposort",
 ]
+
+
+Span = tuple[int, int]
+"""Elements [start, stop) of a kernel's domain."""
 
 
 class Kernel(ABC):
@@ -56,6 +65,16 @@ class Kernel(ABC):
     @abstractmethod
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The reference: whole tensors in, whole tensors out, one for each port."""
+
+    def workspace(self, *inputs: TensorType) -> int:
+        """Bytes that `run` takes beside its inputs and outputs."""
+        del inputs
+        return 0
+
+    def measure(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> TileError | None:
+        """How far what a loader makes of `outputs` is from what `inputs` say; None where nothing is lost."""
+        del inputs, outputs
+        return None
 
 
 ERROR_UNIT = 1 << 18  # elements whose squared errors are summed by themselves; tiles are multiples of it
@@ -102,27 +121,40 @@ class TiledKernel(Kernel):
         return 1
 
     @property
-    def reduces(self) -> bool:
-        """Whether `partial` and `combine` must see every tile before the first `tile`."""
-        return False
+    def reductions(self) -> int:
+        """How many times `partial` and `combine` must see every tile before the first `tile`."""
+        return 0
 
-    def partial(self, *tiles: Tensor) -> Tensor:
-        """First pass: what one tile adds to the state."""
-        raise NotImplementedError
-
-    def combine(self, partials: Iterable[Tensor], *inputs: TensorType) -> object:
-        """The state, from the partial results of all tiles, in order of the tiles."""
-        del partials, inputs
+    def unit(self, *inputs: TensorType) -> int | None:
+        """Elements that one `partial` takes; None: as many as a tile has, since the bits do not depend on it."""
+        del inputs
         return None
 
-    @abstractmethod
-    def tile(
-        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Main pass over `num_elements` of the domain: a flat tensor for each port, None for a whole one.
+    def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
+        """What one span adds to the state; `state` is that of the reduction before, None in the first."""
+        raise NotImplementedError
 
-        `partial` is what the first pass gave for this tile, where it was kept.
+    def combine(self, state: object, partials: Iterable[object], *inputs: TensorType) -> object:
+        """The next state, from the partial results of all spans, in order of the spans."""
+        del state, partials, inputs
+        return None
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of temporaries that `partial` or `tile` takes for each element of its span."""
+        return 40
+
+    @abstractmethod
+    def tile(self, state: object, partial: object, span: Span, *tiles: Tensor) -> tuple[Tensor | None, ...]:
+        """Main pass over `span` of the domain: a flat tensor for each port, None for a whole one.
+
+        `partial` is what the last reduction gave for this very span, where it was kept.
         """
+
+    @property
+    def keeps_value(self) -> bool:
+        """Whether the output stands for the first input, so that an error is measured against what is below."""
+        return False
 
     def rounds(self, *inputs: TensorType) -> bool:
         """Whether what a loader makes of the result can differ from the first input."""

@@ -11,8 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+from surgery.checkpoint import ADAPTER_CONFIG, Checkpoint
 from surgery.errors import Problem, VerifyError
 from surgery.evidence import FileRecord, TensorRecord
+from surgery.op import SOURCE
 from surgery.plan import Plan, TensorPlan
 from surgery.types import text
 
@@ -58,11 +60,15 @@ class Manifest:
         return cast("Mapping[str, Mapping[str, object]]", self.content["tensors"])
 
 
-def make_manifest(plan: Plan, source_hashes: Mapping[str, str], written: Sequence[FileRecord]) -> Manifest:
+def make_manifest(plan: Plan, source_hashes: Mapping[tuple[str, str], str], written: Sequence[FileRecord]) -> Manifest:
     """The manifest of a finished run."""
     records = {record.name: record for file in written for record in file.tensors}
     resolved = {key: value for key, value in plan.spec.resolved.items() if key != "params"}
-    resolved["source"] = plan.checkpoint.identity  # a local path would tie the bytes to one machine
+    # A local path would tie the bytes to one machine.
+    resolved["source"] = plan.checkpoint.identity
+    models = {name: _model(name, plan.checkpoints[name], source_hashes) for name in plan.spec.models}
+    if models:
+        resolved["models"] = {name: plan.checkpoints[name].identity for name in models}
     canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     body: dict[str, object] = {
         "version": 1,
@@ -70,18 +76,27 @@ def make_manifest(plan: Plan, source_hashes: Mapping[str, str], written: Sequenc
         "spec_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         "plan_sha256": plan.digest,
         "versions": {name: version(package) for name, package in _VERSIONS.items()},
-        "source": {
-            "identity": plan.checkpoint.identity,
-            "files": [
-                {"name": file.name, "bytes": file.header.file_bytes, "sha256": source_hashes[file.name]}
-                for file in plan.checkpoint.files
-            ],
-        },
+        "source": _model(SOURCE, plan.checkpoint, source_hashes),
+        "models": models,
+        **_base(plan),
         "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
         "tensors": {tensor.name: _tensor(tensor, records[tensor.name]) for tensor in plan.tensors},
         "dropped": {name: str(type_) for name, type_ in plan.dropped.items()},
     }
     return Manifest({**body, SEAL: _seal(body)})
+
+
+def _base(plan: Plan) -> dict[str, object]:
+    extracted = plan.config_name == ADAPTER_CONFIG and not plan.checkpoint.is_adapter
+    return {"base": plan.checkpoint.identity} if extracted else {}
+
+
+def _model(name: str, checkpoint: Checkpoint, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:
+    files = [
+        {"name": file.name, "bytes": file.header.file_bytes, "sha256": hashes[name, file.name]}
+        for file in checkpoint.files
+    ]
+    return {"identity": checkpoint.identity, "files": files}
 
 
 def _seal(body: Mapping[str, object]) -> str:

@@ -2,7 +2,10 @@
 
 An op is a frozen dataclass. Its fields, documented by `doc`, are its part of the JSON Schema; its
 docstring is its manual; `rewrite` says which names it reads and writes at one site, `config`
-what changes in config.json. The arithmetic is in the kernels of the nodes that it makes.
+what changes in the config. The arithmetic is in the kernels of the nodes that it makes.
+
+Why a `Scene`: an edit may need more than its site, such as the tensors of other models or of a
+whole layer, so it is shown everything there is, and `begin` is where it looks once.
 """
 
 from __future__ import annotations
@@ -12,18 +15,36 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType
 from typing import ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.architecture import Architecture
 from surgery.checkpoint.modules import Module
 from surgery.errors import OpError, Problem
-from surgery.graph import Graph, Node, Rule
+from surgery.graph import Graph, Node, Rule, Source
 
-__all__ = ["Op", "Option", "Rewrite", "Site", "doc", "find_op", "op_names", "options_of"]
+__all__ = [
+    "SOURCE",
+    "Finished",
+    "Model",
+    "Op",
+    "Option",
+    "Rewrite",
+    "Scene",
+    "Selects",
+    "Site",
+    "doc",
+    "find_op",
+    "op_names",
+    "options_of",
+]
+
+Selects = Literal["modules", "tensors", "checkpoint"]
+SOURCE = "source"  # what an edit calls the source among its models
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +61,41 @@ class Rewrite:
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """The source, or a further model of the spec: its checkpoint, and every tensor as a node."""
+
+    name: str  # `source`, or its key under `models`
+    checkpoint: Checkpoint
+    nodes: Mapping[str, Node]
+    architecture: Architecture
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """Its config.json, or adapter_config.json; empty without one."""
+        return self.checkpoint.config or {}
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What an edit works on: every tensor after the edits before it, what it selects, and the models."""
+
+    names: Mapping[str, Node]  # by full name, in order
+    modules: Mapping[str, Module]
+    config: Mapping[str, object]
+    architecture: Architecture
+    models: Mapping[str, Model]  # the source, as it is on disk, among them
+    graph: Graph
+    seed: int
+    sites: Sequence[Site] = ()
+
+    def read_record(self, node: Node) -> bytes:
+        """The bytes of a small source tensor that describes others. Raises OpError if it is computed."""
+        if not isinstance(node.kernel, Source):
+            raise OpError(Problem(f"{node.type} is not on disk yet"))
+        return self.models[node.kernel.model].checkpoint.read_record(node.kernel.name)
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """A module or tensor that an edit selected, with what an op may know of it.
 
@@ -49,16 +105,38 @@ class Site:
     path: str
     module: Module
     nodes: Mapping[str, Node]  # the module's tensors, or the one tensor, by full name
-    graph: Graph
-    architecture: Architecture
-    config: Mapping[str, object]
-    read_record: Callable[[Node], bytes]  # the bytes of a small tensor that describes others
     touched_by: str  # the edit that last changed it, as the spec names it; "" if none
     match: re.Match[str] | None  # of the regex that selected it; None for `all-linear`
+    scene: Scene
+
+    @property
+    def graph(self) -> Graph:
+        """Where nodes are made."""
+        return self.scene.graph
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the table for this checkpoint."""
+        return self.scene.architecture
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The checkpoint's config."""
+        return self.scene.config
 
     def refuse(self, what: str, fix: str = "") -> OpError:
         """The error for this site; the planner adds the edit's place in the spec."""
         return OpError(Problem(f"`{self.path}` {what}", fix=fix))
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output as the edits leave it, for those who patch its config."""
+
+    nodes: Mapping[str, Node]
+    modules: Mapping[str, Module]
+    architecture: Architecture
+    models: Mapping[str, Model]
 
 
 class Op:
@@ -66,7 +144,10 @@ class Op:
 
     __slots__ = ()
     name: ClassVar[str] = ""
-    selects: ClassVar[Literal["modules", "tensors"]] = "modules"
+    selects: ClassVar[Selects] = "modules"
+    selects_all: ClassVar[bool] = False  # without a selection: everything
+    stem: ClassVar[str] = ""  # of the weight files, where it is not the usual one
+    produces: ClassVar[Literal["same", "adapter"]] = "same"  # an adapter, whatever the source is
     rules: ClassVar[tuple[Rule, ...]] = ()  # graph rewrites that belong to this op
 
     def in_all_linear(self, module: Module, architecture: Architecture) -> bool:
@@ -79,15 +160,26 @@ class Op:
         del patterns
         return ""
 
+    def model_names(self) -> Iterable[str]:
+        """The models that this edit uses, `source` among them if it is named."""
+        return ()
+
+    def begin(self, scene: Scene) -> Callable[[Site], Rewrite]:
+        """What is done at each site, after what is done once. Raises OpError if it cannot be applied at all."""
+        del scene
+        return self.rewrite
+
     def rewrite(self, site: Site) -> Rewrite:
         """The names this op reads and writes at `site`. Raises OpError if it cannot be applied."""
         raise NotImplementedError
 
-    def config(
-        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
-    ) -> Mapping[str, object]:
-        """config.json after this edit; `modules` are those of the finished checkpoint."""
-        del modules, architecture
+    def rewrite_all(self, scene: Scene) -> Rewrite:
+        """The names that an op on the whole checkpoint reads and writes. Raises OpError if it cannot be applied."""
+        raise NotImplementedError
+
+    def config(self, config: Mapping[str, object], finished: Finished) -> Mapping[str, object]:
+        """The config after this edit: config.json, or adapter_config.json of an adapter."""
+        del finished
         return config
 
     def conflicts(self, other: Op) -> str:
@@ -109,13 +201,18 @@ class Option:
 
 
 def doc(
-    text: str, *, key: str = "", examples: tuple[object, ...] = (), choices: tuple[object, ...] = ()
+    text: str,
+    *,
+    key: str = "",
+    examples: tuple[object, ...] = (),
+    choices: tuple[object, ...] = (),
+    schema: Mapping[str, object] | None = None,
 ) -> Mapping[str, object]:
     """The `metadata` of a dataclass field that is an option of the spec.
 
-    The JSON type comes from the field's annotation: bool, int, float, str, or a Literal.
+    The JSON type comes from `schema`, or from the field's annotation: bool, int, float, str, or a Literal.
     """
-    return {"doc": text, "key": key, "examples": examples, "choices": choices}
+    return {"doc": text, "key": key, "examples": examples, "choices": choices, "schema": schema}
 
 
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -135,7 +232,7 @@ def options_of(op: type[Op]) -> list[Option]:
     hints = get_type_hints(op)
     options: list[Option] = []
     for field in dataclasses.fields(cast("type[_DataclassOp]", op)):
-        schema = _annotation_schema(hints[field.name])
+        schema = dict(field.metadata["schema"] or {}) or _annotation_schema(hints[field.name])
         if field.metadata["choices"]:
             schema = {"enum": list(field.metadata["choices"])}
         if field.metadata["examples"]:

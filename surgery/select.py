@@ -26,7 +26,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The sites of one edit, in order of the checkpoint."""
+    """The sites of one edit, in order of the checkpoint; none for an op on the whole checkpoint."""
 
     edit: Edit
     matches: tuple[Match, ...]
@@ -34,6 +34,8 @@ class Selection:
 
 def select(edit: Edit, modules: Mapping[str, Module], architecture: Architecture) -> Selection:
     """The sites that `edit` names. Raises SpecError for a regex without a match, or a broken `expect`."""
+    if edit.op.selects == "checkpoint":
+        return Selection(edit, ())
     candidates = _candidates(edit, modules)
     matches, problems = _match(edit, candidates, architecture)
     excepted, except_problems = _excepted(edit, candidates, [match.path for match in matches])
@@ -73,6 +75,8 @@ def _match(
         ]
         problem = Problem("`all-linear` matches nothing: no Linear that this op takes is left", edit.pattern_place)
         return found, [] if found else [problem]
+    if not edit.patterns.regexes:
+        return [Match(path, module, None) for path, module in candidates.items()], []
     unused = dict.fromkeys(edit.patterns.regexes)
     matches: list[Match] = []
     for path, module in candidates.items():

@@ -71,6 +71,8 @@ def _site_name(tensor: TensorPlan) -> str:
 def _change(plan: Plan, tensor: TensorPlan) -> str:
     before = plan.checkpoint.tensors[tensor.origin].type
     label = tensor.node.kernel.label
+    if not label and before == tensor.node.type:
+        return f"{before}  {', '.join(tensor.ops)}"
     if not label:
         return f"{before} → {tensor.node.type}"
     return f"{before} → {label} ({bits_per_element(tensor.node):.3f} bits)"

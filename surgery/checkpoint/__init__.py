@@ -9,12 +9,12 @@ from pathlib import Path
 
 from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.hub import locate
-from surgery.checkpoint.index import INDEX_NAME, Weights, find_weights
+from surgery.checkpoint.index import ADAPTER_CONFIG, CONFIG, INDEX_NAME, Weights, find_weights
 from surgery.checkpoint.paths import SideFiles, contained, read_json, side_files, stands
 from surgery.errors import CheckpointError, Problem
 from surgery.types import TensorType
 
-__all__ = ["Checkpoint", "SourceFile", "TensorEntry", "open_checkpoint"]
+__all__ = ["ADAPTER_CONFIG", "CONFIG", "Checkpoint", "SourceFile", "TensorEntry", "open_checkpoint"]
 
 MAX_RECORD_BYTES = 65536  # a quantization record is a few hundred bytes of JSON
 
@@ -41,7 +41,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a source holds. `tensors` are in order of file and offset; no weight has been read."""
+    """What a source holds. `tensors` are in order of file and offset; no weight has been read.
+
+    `config` is config.json; of an adapter directory it is adapter_config.json.
+    """
 
     path: Path
     identity: str  # `org/name@commit`, or `sha256:…` over the names and headers of a local one
@@ -51,6 +54,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     sides: SideFiles
     notes: tuple[str, ...]
+    is_adapter: bool = False
 
     def read_record(self, name: str) -> bytes:
         """The bytes of a small tensor that describes others (at most 64 KiB)."""
@@ -87,11 +91,13 @@ def open_checkpoint(source: str) -> Checkpoint:
 
 def _open_directory(directory: Path, hub: str) -> Checkpoint:
     weights = find_weights(directory)
+    is_adapter = weights.is_adapter
+    config_name = ADAPTER_CONFIG if is_adapter else CONFIG
     for name in weights.files:
         contained(directory / name, directory)
     files = tuple(_source_file(name, directory / name) for name in weights.files)
     tensors, notes = _join(directory, weights, files)
-    sides = side_files(directory, weights.files)
+    sides = side_files(directory, (*weights.files, config_name))
     if sides.left:
         notes.append(f"weights in other formats are left behind: {', '.join(sides.left)}")
     return Checkpoint(
@@ -99,10 +105,11 @@ def _open_directory(directory: Path, hub: str) -> Checkpoint:
         identity=hub or _fingerprint(files),
         tensors=_in_disk_order(tensors),
         files=files,
-        config=_read_config(directory),
+        config=_read_config(directory, config_name),
         metadata={key: value for file in reversed(files) for key, value in file.header.metadata.items()},
         sides=sides,
         notes=tuple(notes),
+        is_adapter=is_adapter,
     )
 
 
@@ -144,8 +151,8 @@ def _in_disk_order(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     return dict(sorted(tensors.items(), key=lambda item: (item[1].file.name, item[1].start, item[1].stop)))
 
 
-def _read_config(directory: Path) -> dict[str, object] | None:
-    path = directory / "config.json"
+def _read_config(directory: Path, name: str) -> dict[str, object] | None:
+    path = directory / name
     return read_json(path, directory) if stands(path) else None
 
 

@@ -9,10 +9,13 @@ from typing import cast
 from surgery.checkpoint.paths import is_text, read_json, stands
 from surgery.errors import CheckpointError, Problem
 
-__all__ = ["Weights", "find_weights"]
+__all__ = ["ADAPTER_CONFIG", "CONFIG", "INDEX_NAME", "Weights", "find_weights"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter.safetensors")  # of PEFT, of AdapterHub
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -22,6 +25,7 @@ class Weights:
 
     files: tuple[str, ...]
     weight_map: dict[str, str] | None  # None: there is no index
+    is_adapter: bool = False
 
 
 def find_weights(directory: Path) -> Weights:
@@ -33,6 +37,10 @@ def find_weights(directory: Path) -> Weights:
         return Weights(tuple(sorted(set(weight_map.values()))), weight_map)
     if stands(directory / SINGLE_NAME):
         return Weights((SINGLE_NAME,), None)
+    if stands(directory / ADAPTER_CONFIG):
+        for name in ADAPTER_NAMES:
+            if stands(directory / name):
+                return Weights((name,), None, is_adapter=True)
     return Weights((_only_safetensors(directory),), None)
 
 

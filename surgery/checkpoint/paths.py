@@ -19,7 +19,7 @@ FOREIGN_WEIGHTS = (
     ".tflite", ".mlmodel", ".npz", ".safetensors",
 )  # fmt: skip
 FOREIGN_DIRECTORIES = ("onnx", "openvino", "coreml")
-WRITTEN_ANEW = ("config.json", "model.safetensors.index.json", "surgery-manifest.json")
+WRITTEN_ANEW = ("model.safetensors.index.json", "surgery-manifest.json")
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors has about half of that
 
 
@@ -94,13 +94,16 @@ def read_json(path: Path, directory: Path) -> dict[str, object]:
     return cast(dict[str, object], content)
 
 
-def side_files(directory: Path, weight_files: tuple[str, ...]) -> SideFiles:
-    """Every file beside the weights. Raises CheckpointError for a link that leads out, or a nameless file."""
+def side_files(directory: Path, written: tuple[str, ...]) -> SideFiles:
+    """Every file beside those that are `written` anew.
+
+    Raises CheckpointError for a link that leads out, or a nameless file.
+    """
     copied: list[str] = []
     left: list[str] = []
     for path in _walk(directory):
         name = path.relative_to(directory).as_posix()
-        if name in weight_files or name in WRITTEN_ANEW:
+        if name in written or name in WRITTEN_ANEW:
             continue
         foreign = name.split("/")[0] in FOREIGN_DIRECTORIES or path.suffix in FOREIGN_WEIGHTS
         (left if foreign or name.endswith(".index.json") else copied).append(name)

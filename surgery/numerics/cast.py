@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.graph import BadValue, Graph, Node, TiledKernel
+from surgery.graph import BadValue, Graph, Node, Span, TiledKernel
 from surgery.numerics.dtypes import dtype_of, torch_dtype, torch_name
 from surgery.numerics.transpose import Transpose
 from surgery.types import DType, TensorType
@@ -60,9 +60,12 @@ class Cast(TiledKernel):
         """Element by element."""
         return (1,)
 
-    def tile(
-        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    @property
+    def keeps_value(self) -> bool:
+        """Rounded or not, it stands for the input."""
+        return True
+
+    def tile(self, state: object, partial: object, span: Span, *tiles: Tensor) -> tuple[Tensor | None, ...]:
         """One tile. Raises BadValue where a finite value is too large for the dtype."""
         return (rounded(tiles[0], self.dtype),)
 

@@ -5,51 +5,54 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint
 from surgery.checkpoint.architecture import architecture_of
 from surgery.checkpoint.modules import QUANTIZED_PARTS, Module, modules_of
 from surgery.cost import cost_of
 from surgery.errors import ConservationError, OpError, Problem
 from surgery.graph import Graph, Node, Source, rewrite, toposort
 from surgery.layout import Layout, lay_out
+from surgery.op import SOURCE, Finished
 from surgery.plan.model import Action, Plan, TensorPlan, sources_of
-from surgery.plan.names import Names, run_edits
+from surgery.plan.names import Names, open_models, run_edits
 from surgery.spec import Spec
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
-ADAPTER_FILE = "adapter_model.safetensors"
 
-
-def make_plan(spec: Spec, checkpoint: Checkpoint) -> Plan:
-    """What applying `spec` to `checkpoint` would do, from headers alone.
+def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
+    """What applying `spec` to the source and the further models would do, from headers alone.
 
     Raises SpecError for edits that match nothing or not what they promise, OpError for an op that
     cannot be applied where it is asked to, ConservationError if a source tensor would vanish.
     """
     graph = Graph()
-    names, selections = run_edits(spec, checkpoint, graph)
+    models = open_models(checkpoints, graph)
+    checkpoint = checkpoints[SOURCE]
+    names, matched = run_edits(spec, models, graph)
     outputs = _simplified(names, spec, graph)
     _check_conservation(checkpoint, names)
-    types = {name: node.type for name, node in outputs.items()}
-    modules = modules_of(types, names.architecture)
+    modules = modules_of({name: node.type for name, node in outputs.items()}, names.architecture)
     _check_quantized_parts(modules)
-    config = _config(spec, checkpoint, modules, names)
+    finished = Finished(outputs, modules, names.architecture, models)
     layout = _layout(spec, checkpoint, outputs)
-    bytes_read = sum(file.header.file_bytes for file in checkpoint.files)
+    bytes_read = sum(file.header.file_bytes for model in checkpoints.values() for file in model.files)
     bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
     tensors = _tensor_plans(spec, checkpoint, names, layout)
     kept = {tensor.origin for tensor in tensors if tensor.node.port == 0}
+    is_adapter = _makes_adapter(spec, checkpoint)
     return Plan(
         spec=spec,
-        checkpoint=checkpoint,
+        checkpoints=checkpoints,
         tensors=tensors,
         dropped={name: entry.type for name, entry in checkpoint.tensors.items() if name not in kept},
-        config=config,
+        config=_config(spec, checkpoint, finished, is_adapter=is_adapter),
+        config_name=ADAPTER_CONFIG if is_adapter else CONFIG,
+        side_files=checkpoint.sides.copied if is_adapter == checkpoint.is_adapter else (),
         layout=layout,
         cost=cost_of(outputs.values(), bytes_read, bytes_written),
-        sites=tuple((item.edit.op.name, item.edit.op.selects, len(item.matches)) for item in selections),
-        notes=(*checkpoint.notes, *_notes(checkpoint)),
+        sites=tuple((edit.op.name, edit.op.selects, count) for edit, count in matched),
+        notes=tuple(note for model in checkpoints.values() for note in (*model.notes, *_notes(model))),
     )
 
 
@@ -62,7 +65,8 @@ def _simplified(names: Names, spec: Spec, graph: Graph) -> dict[str, Node]:
 def _check_conservation(checkpoint: Checkpoint, names: Names) -> None:
     """Every source tensor is in some output, or was dropped by name."""
     roots = [entry.node for entry in names.entries.values()] + list(names.dropped.values())
-    kept = {node.kernel.name for node in toposort(roots) if isinstance(node.kernel, Source)}
+    sources = [node.kernel for node in toposort(roots) if isinstance(node.kernel, Source)]
+    kept = {kernel.name for kernel in sources if kernel.model == SOURCE}
     lost = [name for name in checkpoint.tensors if name not in kept]
     if lost:
         what = f"{len(lost)} tensors of the source would vanish: {', '.join(lost[:3])}"
@@ -89,18 +93,25 @@ def _check_quantized_parts(modules: Mapping[str, Module]) -> None:
         raise OpError(*problems[:8])
 
 
-def _config(spec: Spec, checkpoint: Checkpoint, modules: Mapping[str, Module], names: Names) -> bytes | None:
-    if checkpoint.config is None:
+def _makes_adapter(spec: Spec, checkpoint: Checkpoint) -> bool:
+    return checkpoint.is_adapter or any(edit.op.produces == "adapter" for edit in spec.edits)
+
+
+def _config(spec: Spec, checkpoint: Checkpoint, finished: Finished, *, is_adapter: bool) -> bytes | None:
+    if checkpoint.config is None and is_adapter == checkpoint.is_adapter:
         return None
-    config = checkpoint.config
+    config = checkpoint.config or {}
     for edit in spec.edits:
-        config = edit.op.config(config, modules, names.architecture)
+        config = edit.op.config(config, finished)
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _layout(spec: Spec, checkpoint: Checkpoint, outputs: Mapping[str, Node]) -> Layout:
-    is_adapter = [file.name for file in checkpoint.files] == [ADAPTER_FILE]
-    stem = "adapter_model" if is_adapter else "model"
+    is_adapter = _makes_adapter(spec, checkpoint)
+    stems = [edit.op.stem for edit in spec.edits if edit.op.stem]
+    if checkpoint.is_adapter:
+        stems.insert(0, checkpoint.files[0].name.removesuffix(".safetensors"))
+    stem = stems[-1] if stems else "adapter_model" if is_adapter else "model"
     shard_bytes = 1 << 62 if is_adapter else spec.shard_bytes  # adapters are never sharded
     return lay_out(outputs, shard_bytes, checkpoint.metadata, stem, _num_parameters(outputs))
 
@@ -121,7 +132,8 @@ def _tensor_plans(spec: Spec, checkpoint: Checkpoint, names: Names, layout: Layo
     for name, entry in names.entries.items():
         file, item = placed[name]
         sources = sources_of(item.node)
-        origin = name if name in sources or not sources else sources[0]
+        own = [source for source in sources if source in checkpoint.tensors]
+        origin = name if name in own or not own else own[0]
         action = _action(name, item.node, origin, checkpoint, names)
         ops = tuple(op_names[index] for index in entry.edits)
         plans.append(TensorPlan(name, item.node, action, file, item.start, item.stop, origin, sources, ops))
@@ -136,6 +148,8 @@ def _action(name: str, node: Node, origin: str, checkpoint: Checkpoint, names: N
 
 
 def _notes(checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.is_adapter:
+        return []
     if checkpoint.config is None:
         return ["the source has no config.json: what each module is, is judged by names and shapes"]
     if not architecture_of(checkpoint.config).model_types:

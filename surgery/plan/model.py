@@ -12,6 +12,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.cost import Cost
 from surgery.graph import Node, Source, toposort
 from surgery.layout import Layout
+from surgery.op import SOURCE
 from surgery.spec import Spec
 from surgery.types import TensorType, text
 
@@ -40,10 +41,12 @@ class Plan:
     """The outcome of planning; made by `surgery.plan`. Printing it gives what `surgery plan` prints."""
 
     spec: Spec
-    checkpoint: Checkpoint
+    checkpoints: Mapping[str, Checkpoint]  # the source and the further models, by name
     tensors: tuple[TensorPlan, ...]
     dropped: Mapping[str, TensorType]  # source tensors that no output is, or is in the first place made from
-    config: bytes | None  # config.json; None where the source has none
+    config: bytes | None  # None where the source has none
+    config_name: str  # config.json, or adapter_config.json
+    side_files: tuple[str, ...]  # of the source, copied along
     layout: Layout
     cost: Cost
     sites: tuple[tuple[str, str, int], ...]  # per edit: op, what it selects, how many it matched
@@ -53,9 +56,21 @@ class Plan:
         return text(self)
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The source."""
+        return self.checkpoints[SOURCE]
+
+    @property
     def digest(self) -> str:
         """sha256, hex, over everything that decides the output's bytes; no path is part of it."""
-        content = [self.spec.seed, self.checkpoint.identity, self.layout.index.decode(), (self.config or b"").decode()]
+        identities = [[name, model.identity] for name, model in self.checkpoints.items()]
+        content = [
+            self.spec.seed,
+            identities,
+            self.config_name,
+            self.layout.index.decode(),
+            (self.config or b"").decode(),
+        ]
         for file in self.layout.files:
             content.append(hashlib.sha256(file.header).hexdigest())
             content += [f"{item.name} {item.node.digest}" for item in file.tensors]
@@ -67,6 +82,7 @@ class Plan:
             "version": 1,
             "digest": self.digest,
             "source": self.checkpoint.identity,
+            "models": {name: self.checkpoints[name].identity for name in self.spec.models},
             "edits": [{"op": op, "selects": kind, "matches": count} for op, kind, count in self.sites],
             "tensors": [_tensor_json(tensor) for tensor in self.tensors],
             "dropped": [{"name": name, "type": str(type_)} for name, type_ in self.dropped.items()],
@@ -74,7 +90,7 @@ class Plan:
                 {"name": file.name, "header_bytes": len(file.header), "bytes": file.num_bytes}
                 for file in self.layout.files
             ],
-            "side_files": list(self.checkpoint.sides.copied),
+            "side_files": list(self.side_files),
             "config": None if self.config is None else json.loads(self.config),
             "summary": self.summary(),
             "cost": {
@@ -109,5 +125,6 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, object]:
 
 
 def sources_of(node: Node) -> tuple[str, ...]:
-    """The source tensors that `node` is computed from, nearest first input first."""
-    return tuple(item.kernel.name for item in toposort([node]) if isinstance(item.kernel, Source))
+    """The tensors that `node` is computed from, first input first; `model:name` for a further model's."""
+    kernels = [item.kernel for item in toposort([node]) if isinstance(item.kernel, Source)]
+    return tuple(kernel.name if kernel.model == SOURCE else f"{kernel.model}:{kernel.name}" for kernel in kernels)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.architecture import Architecture, architecture_of
 from surgery.checkpoint.modules import Module, modules_of
 from surgery.errors import OpError, Problem, SurgeryError, problems_of
 from surgery.graph import Graph, Node, Source
-from surgery.op import Rewrite, Site
-from surgery.select import Match, Selection, select
+from surgery.op import SOURCE, Model, Rewrite, Scene, Site
+from surgery.select import Match, select
 from surgery.spec import Edit, Spec
 
-__all__ = ["Entry", "Names", "run_edits"]
-
-SOURCE = "source"
+__all__ = ["Entry", "Names", "open_models", "run_edits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +38,76 @@ class Names:
         return modules_of({name: entry.node.type for name, entry in self.entries.items()}, self.architecture)
 
 
-def run_edits(spec: Spec, checkpoint: Checkpoint, graph: Graph) -> tuple[Names, list[Selection]]:
-    """The names after all edits. Raises SpecError or OpError with the problems of every edit."""
-    names = _initial(checkpoint, graph)
-    selections: list[Selection] = []
+def open_models(checkpoints: Mapping[str, Checkpoint], graph: Graph) -> dict[str, Model]:
+    """The source and the further models, every tensor a node."""
+    return {
+        name: Model(
+            name,
+            checkpoint,
+            {tensor: graph.apply(Source(name, tensor, entry.type))[0] for tensor, entry in checkpoint.tensors.items()},
+            architecture_of(checkpoint.config),
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+
+
+def run_edits(spec: Spec, models: Mapping[str, Model], graph: Graph) -> tuple[Names, list[tuple[Edit, int]]]:
+    """The names after all edits, and each edit with how much it matched.
+
+    Raises SpecError or OpError with the problems of every edit.
+    """
+    source = models[SOURCE]
+    names = Names({name: Entry(node) for name, node in source.nodes.items()}, {}, source.architecture)
+    matched: list[tuple[Edit, int]] = []
     errors: list[SurgeryError] = []
     for edit in spec.edits:
         try:
-            selection = select(edit, names.modules(), names.architecture)
-            names = _apply(selection, names, checkpoint, graph, spec)
-            selections.append(selection)
+            names, count = _apply(edit, names, models, graph, spec)
+            matched.append((edit, count))
         except SurgeryError as error:
             errors.append(error)
     if errors:
         raise type(errors[0])(*problems_of(errors))
-    return names, selections
+    return names, matched
 
 
-def _initial(checkpoint: Checkpoint, graph: Graph) -> Names:
-    entries = {
-        name: Entry(graph.apply(Source(SOURCE, name, entry.type))[0]) for name, entry in checkpoint.tensors.items()
-    }
-    return Names(entries, {}, architecture_of(checkpoint.config))
-
-
-def _apply(selection: Selection, names: Names, checkpoint: Checkpoint, graph: Graph, spec: Spec) -> Names:
-    edit = selection.edit
-    rewrites: list[Rewrite] = []
-    refusals: list[tuple[str, Problem]] = []
-    for match in selection.matches:
-        try:
-            rewrites.append(edit.op.rewrite(_site(match, edit, names, checkpoint, graph, spec)))
-        except OpError as error:
-            refusals += [(match.path, problem) for problem in error.problems]
-    problems = [*_folded(refusals, edit), *_collisions(edit, rewrites, names)]
+def _apply(edit: Edit, names: Names, models: Mapping[str, Model], graph: Graph, spec: Spec) -> tuple[Names, int]:
+    modules = names.modules()
+    selection = select(edit, modules, names.architecture)
+    scene = Scene(
+        names={name: entry.node for name, entry in names.entries.items()},
+        modules=modules,
+        config=models[SOURCE].config,
+        architecture=names.architecture,
+        models=models,
+        graph=graph,
+        seed=spec.seed,
+    )
+    scene = replace(scene, sites=[_site(match, edit, names, scene, spec) for match in selection.matches])
+    rewrites, problems = _rewrites(edit, scene)
+    problems += _collisions(edit, rewrites, names)
     if problems:
         raise OpError(*problems)
-    return _rewritten(edit, rewrites, names)
+    if edit.op.selects == "checkpoint":
+        return _rewritten(edit, rewrites, names), sum(len(rewrite.takes) for rewrite in rewrites)
+    return _rewritten(edit, rewrites, names), len(scene.sites)
+
+
+def _rewrites(edit: Edit, scene: Scene) -> tuple[list[Rewrite], list[Problem]]:
+    try:
+        if edit.op.selects == "checkpoint":
+            return [edit.op.rewrite_all(scene)], []
+        rewrite = edit.op.begin(scene)
+    except OpError as error:
+        return [], [replace(problem, at=problem.at or edit.place) for problem in error.problems]
+    rewrites: list[Rewrite] = []
+    refusals: list[tuple[str, Problem]] = []
+    for site in scene.sites:
+        try:
+            rewrites.append(rewrite(site))
+        except OpError as error:
+            refusals += [(site.path, problem) for problem in error.problems]
+    return rewrites, list(_folded(refusals, edit))
 
 
 def _folded(refusals: list[tuple[str, Problem]], edit: Edit) -> Iterator[Problem]:
@@ -90,25 +121,16 @@ def _folded(refusals: list[tuple[str, Problem]], edit: Edit) -> Iterator[Problem
         yield Problem(problem.what.replace(f"`{path}`", f"`{path}`{more}", 1), edit.place, problem.fix)
 
 
-def _site(match: Match, edit: Edit, names: Names, checkpoint: Checkpoint, graph: Graph, spec: Spec) -> Site:
+def _site(match: Match, edit: Edit, names: Names, scene: Scene, spec: Spec) -> Site:
     held = match.module.tensors if edit.op.selects == "modules" else (match.path,)
     entries = {name: names.entries[name] for name in held}
-
-    def read_record(node: Node) -> bytes:
-        if not isinstance(node.kernel, Source):
-            raise OpError(Problem(f"{node.type} is not on disk yet"))
-        return checkpoint.read_record(node.kernel.name)
-
     return Site(
         path=match.path,
         module=match.module,
         nodes={name: entry.node for name, entry in entries.items()},
-        graph=graph,
-        architecture=names.architecture,
-        config=checkpoint.config or {},
-        read_record=read_record,
         touched_by=_last_edit(entries.values(), spec),
         match=match.match,
+        scene=scene,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from surgery.errors import Problem, SpecError
-from surgery.op import Op, find_op, op_names, options_of
+from surgery.op import SOURCE, Op, find_op, op_names, options_of
 from surgery.sizes import parse_size
 from surgery.spec.document import Document, Keys, read_document
 from surgery.spec.model import ALL_LINEAR, Edit, Patterns, Spec
@@ -60,11 +60,13 @@ class _Loader:
         edits = [self._edit(index, entry) for index, entry in enumerate(_list(fields.get("edits")))]
         self._check_edits(edits)
         shard_bytes = self._shard_bytes(fields)
-        self._check_models(fields)
+        models = cast("Mapping[str, str]", _map(fields.get("models")))
+        self._check_models(models, edits)
         if self.problems:
             raise SpecError(*self.problems)
         return Spec(
             source=cast(str, fields["source"]),
+            models=models,
             edits=tuple(edit for edit in edits if edit is not None),
             shard_bytes=shard_bytes,
             seed=cast(int, fields.get("seed", 0)),
@@ -119,7 +121,7 @@ class _Loader:
         self._report(f"there is no op `{name}`", (*keys, "op"), fix)
 
     def _patterns(self, fields: Mapping[str, object], op: type[Op], keys: Keys) -> Patterns | None:
-        selected = fields[op.selects]
+        selected = fields.get(op.selects, [])
         all_linear = selected == ALL_LINEAR and op.selects == "modules"
         regexes = [] if all_linear else self._compile(selected, (*keys, op.selects))
         excepts = self._compile(fields.get("except", []), (*keys, "except"))
@@ -158,9 +160,20 @@ class _Loader:
                 self._report(str(error), ("output", "shard_size"))
             return 0
 
-    def _check_models(self, fields: Mapping[str, object]) -> None:
-        for name in _map(fields.get("models")):
-            self._report(f"model `{name}` is used by no edit", ("models", name), "use it in an edit, or remove it")
+    def _check_models(self, models: Mapping[str, str], edits: list[Edit | None]) -> None:
+        if SOURCE in models:
+            self._report(f"`{SOURCE}` is what edits call the source itself", ("models", SOURCE), "give another name")
+        used: set[str] = set()
+        for edit in edits:
+            for name in dict.fromkeys(edit.op.model_names()) if edit else ():
+                used.add(name)
+                if name not in models and name != SOURCE and edit:
+                    near = difflib.get_close_matches(name, models, 1)
+                    fix = f"did you mean `{near[0]}`?" if near else f"add `{name}` to `models` of the spec"
+                    self._report(f"there is no model `{name}`", ("edits", edit.index, "models"), fix)
+        for name in models if all(edits) else ():
+            if name not in used:
+                self._report(f"model `{name}` is used by no edit", ("models", name), "use it in an edit, or remove it")
 
 
 def _map(value: object) -> Mapping[str, object]:

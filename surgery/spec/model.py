@@ -16,7 +16,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """What an edit selects: regexes matched in full, or `all_linear`; less what `excepts` match."""
+    """What an edit selects: regexes matched in full, or `all_linear`; less what `excepts` match.
+
+    Neither of them: everything.
+    """
 
     regexes: tuple[re.Pattern[str], ...]
     all_linear: bool
@@ -44,6 +47,7 @@ class Spec:
     """A checked spec. `resolved` is its plain data with every parameter replaced."""
 
     source: str
+    models: Mapping[str, str]  # further ones, by the names that edits use
     edits: tuple[Edit, ...]
     shard_bytes: int
     seed: int

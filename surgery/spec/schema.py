@@ -85,18 +85,12 @@ def frame_schema(*, parameters: bool = False) -> Schema:
 def edit_schema(name: str, *, parameters: bool = False) -> Schema:
     """The schema of one edit with the op `name`; `parameters`: `${NAME}` may stand for a value."""
     op = find_op(name)
-    properties: dict[str, Schema] = {"op": {"const": name, "description": _summary(op)}}
-    properties[op.selects] = {**_PATTERNS, "description": _SELECTING[op.selects]}
-    properties["except"] = {**_PATTERNS, "description": _SELECTING["except"]}
-    properties["expect"] = {
-        "type": "integer",
-        "minimum": 1,
-        "description": "A promise: exactly this many matches, or an error.",
-    }
+    properties: dict[str, Schema] = {"op": {"const": name, "description": _summary(op)}, **_selecting(op)}
     for option in options_of(op):
         default = {} if option.required else {"default": option.default}
         properties[option.key] = {**option.schema, "description": option.doc, **default}
-    required = ["op", op.selects, *(option.key for option in options_of(op) if option.required)]
+    selected = [op.selects] if op.selects in properties and not op.selects_all else []
+    required = ["op", *selected, *(option.key for option in options_of(op) if option.required)]
     if parameters:
         properties = {key: value if key == "op" else _or_parameter(value) for key, value in properties.items()}
     return {
@@ -105,6 +99,21 @@ def edit_schema(name: str, *, parameters: bool = False) -> Schema:
         "required": required,
         "additionalProperties": False,
         "properties": properties,
+    }
+
+
+def _selecting(op: type[Op]) -> dict[str, Schema]:
+    if op.selects == "checkpoint":
+        return {}
+    everything = f" Default: all {op.selects}." if op.selects_all else ""
+    return {
+        op.selects: {**_PATTERNS, "description": _SELECTING[op.selects] + everything},
+        "except": {**_PATTERNS, "description": _SELECTING["except"]},
+        "expect": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "A promise: exactly this many matches, or an error.",
+        },
     }
 
 

@@ -2,7 +2,8 @@
 
 Two walks over the same expression: `needed` finds which elements of which sources a tile takes,
 so that one thread can read them in order; `Evaluation.tile` computes with what was read. What is
-needed whole (a transposed matrix) or reduced first (a mean) is known before either.
+needed whole (a transposed matrix, an adapter's factors) or reduced first (a mean, a threshold) is
+known before either.
 """
 
 from __future__ import annotations
@@ -15,16 +16,25 @@ from torch import Tensor
 
 from surgery.cost import tile_elements
 from surgery.errors import OpError, Problem
-from surgery.graph import BadValue, Kernel, Node, Source, TiledKernel, TileError
+from surgery.graph import BadValue, Kernel, Node, Source, Span, TiledKernel, TileError
 from surgery.numerics.dtypes import torch_dtype
 from surgery.numerics.rounding import rounding_error
 from surgery.numerics.transpose import Transpose
 
-__all__ = ["Call", "Evaluation", "Need", "Span"]
+__all__ = ["Call", "Evaluation", "Need", "Ports", "Read"]
 
 Call = tuple[Kernel, tuple[Node, ...]]
-Span = tuple[int, int]
 Need = tuple[Node, int, int]  # a source node and the elements [start, stop) of it
+Read = Mapping[Node, tuple[int, Tensor]]  # the first element that was read, and the bytes
+Ports = tuple[Tensor | None, ...]
+
+
+@dataclass(slots=True)
+class _Tile:
+    """What one tile is computed from: what was read for it, and what is computed already."""
+
+    read: Read
+    done: dict[tuple[Call, Span], Ports] = field(default_factory=dict[tuple[Call, Span], Ports])
 
 
 @dataclass(slots=True)
@@ -34,118 +44,147 @@ class Evaluation:
     device: torch.device
     num_tile_elements: int
     states: dict[Call, object] = field(default_factory=dict[Call, object])
-    wholes: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+    wholes: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])  # flat, of sources and tiled kernels
+    ports: dict[Call, tuple[Tensor, ...]] = field(default_factory=dict[Call, tuple[Tensor, ...]])  # of untiled ones
+    charged: int = 0  # bytes of the budget that whole values take
     errors: list[TileError] = field(default_factory=list[TileError])  # of tiles that became a whole value
 
     def spans(self, call: Call) -> Iterator[Span]:
         """The tiles of the call's domain, in order."""
         kernel, inputs = call
-        assert isinstance(kernel, TiledKernel)
-        num_elements = kernel.domain(*(node.type for node in inputs))
-        step = tile_elements(kernel, inputs, self.num_tile_elements)
-        for start in range(0, num_elements, step):
-            yield start, min(start + step, num_elements)
+        return _cut(call, tile_elements(_tiled(kernel), inputs, self.num_tile_elements))
 
-    def needed(self, call: Call, span: Span) -> Iterator[Need]:
-        """The source elements that `span` of the call's domain takes."""
+    def first_spans(self, call: Call) -> Iterator[Span]:
+        """The spans of a reduction, in order."""
+        kernel, inputs = call
+        unit = _tiled(kernel).unit(*(node.type for node in inputs))
+        return _cut(call, unit) if unit else self.spans(call)
+
+    def whole(self, node: Node) -> Tensor | None:
+        """The value of `node`, flat, where it is known whole."""
+        if node in self.wholes:
+            return self.wholes[node]
+        return self.ports[node.call][node.port].reshape(-1) if node.call in self.ports else None
+
+    def needed(self, call: Call, span: Span) -> list[Need]:
+        """The source elements that `span` of the call's domain takes: one range for each source."""
+        ranges: dict[Node, Span] = {}
+        for node, start, stop in self._needed(call, span):
+            known = ranges.get(node, (start, stop))
+            ranges[node] = (min(known[0], start), max(known[1], stop))
+        return [(node, start, stop) for node, (start, stop) in ranges.items()]
+
+    def _needed(self, call: Call, span: Span) -> Iterator[Need]:
         for node, start, stop in _input_ranges(call, span):
-            yield from self._needed_by(node, start, stop)
+            if self.whole(node) is not None:
+                continue
+            if isinstance(node.kernel, Source):
+                yield (node, start, stop)
+            elif _tiled(node.kernel).port_steps()[node.port] is not None:
+                yield from self._needed(node.call, _covering_span(node, start, stop))
 
-    def _needed_by(self, node: Node, start: int, stop: int) -> Iterator[Need]:
-        if isinstance(node.kernel, Source):
-            yield (node, start, stop)
-        elif node not in self.wholes:
-            yield from self.needed(node.call, _domain_span(node, start, stop))
-
-    def tile(
-        self, call: Call, span: Span, read: Mapping[Need, Tensor], partial: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
+    def tile(self, call: Call, span: Span, read: Read, partial: object = None) -> Ports:
         """All ports of `call` over `span`, flat, on the device. Raises OpError for a weight it cannot take."""
-        kernel, _ = call
-        assert isinstance(kernel, TiledKernel) and span[0] % kernel.align == 0
-        inputs = self._inputs(call, span, read)
-        try:
-            return kernel.tile(self.states.get(call), partial, span[1] - span[0], *inputs)
-        except (BadValue, ValueError) as problem:
-            raise _located(problem, call, span) from None
+        return self._tile(call, span, _Tile(read), partial)
 
-    def measured(
-        self, call: Call, span: Span, read: Mapping[Need, Tensor], partial: Tensor | None = None
-    ) -> tuple[tuple[Tensor | None, ...], TileError | None]:
-        """`tile`, and how far what a loader makes of it is from the source, where anything is rounded on the way."""
-        ports = self.tile(call, span, read, partial)
-        exact = self._exact(call, span, read) if _rounds(call) else None
+    def _tile(self, call: Call, span: Span, tile: _Tile, partial: object = None) -> Ports:
+        if (call, span) not in tile.done:
+            inputs = self._inputs(call, span, tile)
+            try:
+                tile.done[call, span] = _tiled(call[0]).tile(self.states.get(call), partial, span, *inputs)
+            except (BadValue, ValueError) as problem:
+                raise _located(problem, call, span) from None
+        return tile.done[call, span]
+
+    def measured(self, call: Call, span: Span, read: Read, partial: object = None) -> tuple[Ports, TileError | None]:
+        """`tile`, and how far what a loader makes of it is from what it stands for, where anything is rounded."""
+        tile = _Tile(read)
+        ports = self._tile(call, span, tile, partial)
+        exact = self._exact(call, span, tile) if _rounds(call) else None
         if exact is None:
             return ports, None
         kernel, inputs = call
-        assert isinstance(kernel, TiledKernel)
         types = [node.type for node in inputs]
-        return ports, rounding_error(exact, kernel.restore(self.states.get(call), span[1] - span[0], ports, *types))
+        restored = _tiled(kernel).restore(self.states.get(call), span[1] - span[0], ports, *types)
+        return ports, rounding_error(exact, restored)
 
-    def _exact(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> Tensor | None:
-        """The source elements that `span` was made from; None where they are not element for element."""
-        node, start, stop = next(_input_ranges(call, span))
-        if node in self.wholes or isinstance(node.kernel, Source):
-            is_lockstep = stop - start == span[1] - span[0] and node.type.dtype.is_float
-            return self._elements(node, start, stop, read) if is_lockstep else None
-        return self._exact(node.call, _domain_span(node, start, stop), read)
+    def _exact(self, call: Call, span: Span, tile: _Tile) -> Tensor | None:
+        """The elements that `span` stands for; None where they are not element for element."""
+        kernel, (node, *_) = call
+        step = _tiled(kernel).input_steps()[0]
+        if self.whole(node) is None and isinstance(node.kernel, TiledKernel) and node.kernel.keeps_value:
+            same_domain = node.kernel.port_steps()[node.port] == step
+            return self._exact(node.call, span, tile) if same_domain else None
+        return self._elements(node, *span, tile) if step == 1 and node.type.dtype.is_float else None
 
-    def partial(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> Tensor:
+    def partial(self, call: Call, span: Span, read: Read) -> object:
         """What `span` adds to the state of `call`."""
-        kernel, _ = call
-        assert isinstance(kernel, TiledKernel)
+        inputs = self._inputs(call, span, _Tile(read))
         try:
-            return kernel.partial(*self._inputs(call, span, read)).cpu()
+            return _tiled(call[0]).partial(self.states.get(call), span, *inputs)
         except (BadValue, ValueError) as problem:
             raise _located(problem, call, span) from None
 
-    def _inputs(self, call: Call, span: Span, read: Mapping[Need, Tensor]) -> list[Tensor]:
-        return [self._elements(node, start, stop, read) for node, start, stop in _input_ranges(call, span)]
+    def _inputs(self, call: Call, span: Span, tile: _Tile) -> list[Tensor]:
+        return [self._elements(node, start, stop, tile) for node, start, stop in _input_ranges(call, span)]
 
-    def _elements(self, node: Node, start: int, stop: int, read: Mapping[Need, Tensor]) -> Tensor:
-        if node in self.wholes:
-            return self.wholes[node].reshape(-1)[start:stop]
+    def _elements(self, node: Node, start: int, stop: int, tile: _Tile) -> Tensor:
+        whole = self.whole(node)
+        if whole is not None:
+            return whole[start:stop]
         if isinstance(node.kernel, Source):
-            raw = read[node, start, stop]
-            return raw.view(torch_dtype(node.type.dtype)).to(self.device)
-        return self._port(node, start, stop, read)
-
-    def _port(self, node: Node, start: int, stop: int, read: Mapping[Need, Tensor]) -> Tensor:
-        kernel = node.kernel
-        assert isinstance(kernel, TiledKernel)
-        if kernel.port_steps()[node.port] is None:
-            types = [child.type for child in node.inputs]
-            return kernel.whole_ports(self.states.get(node.call), *types)[node.port].to(self.device)
-        value = self.tile(node.call, _domain_span(node, start, stop), read)[node.port]
+            first, raw = tile.read[node]
+            return raw.view(torch_dtype(node.type.dtype))[start - first : stop - first].to(self.device)
+        kernel = _tiled(node.kernel)
+        step = kernel.port_steps()[node.port]
+        if step is None:
+            return self.whole_port(node)
+        span = _covering_span(node, start, stop)
+        value = self._tile(node.call, span, tile)[node.port]
         assert value is not None
-        return value
+        first = span[0] // step
+        return value[start - first : stop - first]
+
+    def whole_port(self, node: Node) -> Tensor:
+        """The value, flat, of a port that comes from the state alone."""
+        types = [child.type for child in node.inputs]
+        return _tiled(node.kernel).whole_ports(self.states.get(node.call), *types)[node.port].to(self.device)
+
+
+def _tiled(kernel: Kernel) -> TiledKernel:
+    assert isinstance(kernel, TiledKernel), kernel
+    return kernel
+
+
+def _cut(call: Call, step: int) -> Iterator[Span]:
+    kernel, inputs = call
+    num_elements = _tiled(kernel).domain(*(node.type for node in inputs))
+    for start in range(0, num_elements, step):
+        yield start, min(start + step, num_elements)
 
 
 def _rounds(call: Call) -> bool:
     kernel, inputs = call
     if not isinstance(kernel, TiledKernel):
         return False
-    return kernel.rounds(*(node.type for node in inputs)) or _rounds(inputs[0].call)
+    return kernel.rounds(*(node.type for node in inputs)) or (kernel.keeps_value and _rounds(inputs[0].call))
 
 
 def _input_ranges(call: Call, span: Span) -> Iterator[Need]:
     kernel, inputs = call
-    assert isinstance(kernel, TiledKernel)
-    for node, step in zip(inputs, kernel.input_steps(), strict=True):
+    for node, step in zip(inputs, _tiled(kernel).input_steps(), strict=True):
         if step is None:
             yield node, 0, node.type.num_elements
         else:
             yield node, span[0] // step, min(-(-span[1] // step), node.type.num_elements)
 
 
-def _domain_span(node: Node, start: int, stop: int) -> Span:
-    kernel = node.kernel
-    assert isinstance(kernel, TiledKernel)
-    step = kernel.port_steps()[node.port]
-    if step is None:
-        return (0, 0)
+def _covering_span(node: Node, start: int, stop: int) -> Span:
+    """The span of the domain, its start and end as the kernel aligns them, that holds elements [start, stop)."""
+    kernel = _tiled(node.kernel)
+    step, align = kernel.port_steps()[node.port] or 0, kernel.align
     num_elements = kernel.domain(*(child.type for child in node.inputs))
-    return start * step, min(stop * step, num_elements)
+    return start * step // align * align, min(-(-stop * step // align) * align, num_elements)
 
 
 def _located(problem: BadValue | ValueError, call: Call, span: Span) -> OpError:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from surgery.graph import Node, Source, TiledKernel, TileError, toposort
+from surgery.graph import Node, Source, Span, TiledKernel, TileError, toposort
 from surgery.numerics.dtypes import torch_dtype
-from surgery.stream.evaluate import Call, Evaluation, Span
-from surgery.stream.intake import Intake, Read, num_bytes_of
+from surgery.stream.evaluate import Call, Evaluation, Ports
+from surgery.stream.intake import Intake, Reading
 
-__all__ = ["FirstPass", "Held"]
+__all__ = ["FirstPass", "Partials"]
 
 T = TypeVar("T")
-Held = tuple[Read, Future[Tensor]]  # a tile that was read, and what the first pass gave for it
-HELD_SHARE = 1 / 3  # of the budget: a tensor that fits is kept between its passes, so that it is read once
+Partials = dict[Span, Future[object]]  # what the last reduction gave for the tiles of the main pass
+HELD_SHARE = 1 / 3  # of the budget: what fits is kept between the passes, so that it is read once
 
 
 class FirstPass:
@@ -30,42 +30,62 @@ class FirstPass:
         self._executor = executor
         self._look_ahead = look_ahead
 
-    def prepare(self, call: Call, evaluation: Evaluation) -> dict[Span, Held]:
-        """Everything below `call`, and its own state; returns the tiles read on the way and kept."""
-        for node in toposort(call[1]):
-            if not isinstance(node.kernel, TiledKernel | Source):
-                self.evaluate_whole(node, evaluation)
-            elif isinstance(node.kernel, TiledKernel) and node.kernel.reduces and node.call not in evaluation.states:
-                self._reduce(node.call, evaluation, None)
-        held: dict[Span, Held] = {}
-        kernel = call[0]
-        if isinstance(kernel, TiledKernel) and kernel.reduces:
-            num_bytes = sum(self._intake.needs(evaluation, call, span) for span in evaluation.spans(call))
-            fits = num_bytes <= self._intake.budget.total * HELD_SHARE
-            self._reduce(call, evaluation, held if fits else None)
-        return held
+    def prepare(self, call: Call, evaluation: Evaluation) -> Partials:
+        """All that `call` needs before its first tile, itself where it has no tiles.
 
-    def _reduce(self, call: Call, evaluation: Evaluation, held: dict[Span, Held] | None) -> None:
+        Gives the partial results that the main pass can use again, if they are kept.
+        """
+        nodes = list(toposort(call[1]))
+        calls = list(dict.fromkeys([*(node.call for node in nodes), call]))
+        is_held = self._hold(calls)
+        uses = Counter(child for _, inputs in calls for child in inputs)
+        partials: Partials = {}
+        for below in calls:
+            kernel = below[0]
+            if isinstance(kernel, TiledKernel):
+                self._prepare_tiled(below, evaluation, partials if below == call and is_held else None)
+            elif not isinstance(kernel, Source):
+                self._evaluate(below, evaluation, uses)
+        return partials
+
+    def _hold(self, calls: list[Call]) -> bool:
+        """Keep the sources of several passes in memory, if they fit."""
+        if not any(isinstance(kernel, TiledKernel) and kernel.reductions for kernel, _ in calls):
+            return False
+        sources = list(dict.fromkeys(held_sources(calls)))
+        if sum(node.type.num_bytes for node in sources) > self._intake.budget.total * HELD_SHARE:
+            return False
+        self._intake.hold(sources)
+        return True
+
+    def _prepare_tiled(self, call: Call, evaluation: Evaluation, partials: Partials | None) -> None:
         kernel, inputs = call
         assert isinstance(kernel, TiledKernel)
+        for node, step in zip(inputs, kernel.input_steps(), strict=True):
+            if step is None:
+                self._load(node, evaluation)
+        types = [node.type for node in inputs]
+        for number in range(kernel.reductions):
+            keeps = partials is not None and number == kernel.reductions - 1 and kernel.unit(*types) is None
+            results = self._reduced(call, evaluation, partials if keeps else None)
+            evaluation.states[call] = kernel.combine(evaluation.states.get(call), results, *types)
 
-        def submit(span: Span) -> Future[Tensor]:
-            read = self._intake.read(evaluation, call, span)
-            if held is None:
-                return self._executor.submit(self._then_release, evaluation.partial, call, span, read)
-            future = self._executor.submit(evaluation.partial, call, span, read)
-            held[span] = (read, future)
+    def _reduced(self, call: Call, evaluation: Evaluation, partials: Partials | None) -> Iterator[object]:
+        def submit(span: Span) -> Future[object]:
+            reading = self._intake.read(evaluation.needed(call, span))
+            future = self._executor.submit(self._then_release, evaluation.partial, call, span, reading)
+            if partials is not None:
+                partials[span] = future
             return future
 
-        partials = self._in_order(submit, evaluation.spans(call))
-        evaluation.states[call] = kernel.combine(partials, *(node.type for node in inputs))
+        return self._in_order(submit, evaluation.first_spans(call))
 
-    def _then_release(self, compute: Callable[[Call, Span, Read], T], call: Call, span: Span, read: Read) -> T:
-        result = compute(call, span, read)
-        self._intake.give_back(read.values(), num_bytes_of(read))
+    def _then_release(self, compute: Callable[..., T], call: Call, span: Span, reading: Reading) -> T:
+        result = compute(call, span, reading.values)
+        self._intake.give_back(reading.owned, reading.num_bytes)
         return result
 
-    def _in_order(self, submit: Callable[[Span], Future[T]], spans: Iterator[Span]) -> Iterator[T]:
+    def _in_order(self, submit: Callable[[Span], Future[T]], spans: Iterable[Span]) -> Iterator[T]:
         """Results in order of `spans`, a few computed ahead."""
         pending: deque[Future[T]] = deque()
         for span in spans:
@@ -75,34 +95,60 @@ class FirstPass:
         while pending:
             yield pending.popleft().result()
 
-    def evaluate_whole(self, node: Node, evaluation: Evaluation) -> None:
-        """The whole value of `node`, whose kernel has no tiles; the budget is charged for it until it is released."""
-        if node in evaluation.wholes:
-            return
-        inputs = [self._whole_input(child, evaluation) for child in node.inputs]
-        self._intake.budget.acquire(node.type.num_bytes)
-        run = self._executor.submit(node.kernel.run, *inputs)
-        evaluation.wholes[node] = run.result()[node.port]
-        for child in node.inputs:
-            evaluation.wholes.pop(child, None)
-            self._intake.budget.release(child.type.num_bytes)
+    def _evaluate(self, call: Call, evaluation: Evaluation, uses: Counter[Node]) -> None:
+        """All ports of a kernel without tiles; `uses`: how often each input is needed still."""
+        kernel, inputs = call
+        values = [self._load(node, evaluation).reshape(node.type.shape) for node in inputs]
+        types = kernel.infer(*(node.type for node in inputs))
+        num_bytes = sum(type_.num_bytes for type_ in types)
+        self._charge(evaluation, num_bytes)
+        evaluation.ports[call] = self._executor.submit(kernel.run, *values).result()
+        error = self._executor.submit(kernel.measure, values, evaluation.ports[call]).result()
+        evaluation.errors += [error] if error else []
+        for node in inputs:
+            uses[node] -= 1
+            if not uses[node]:
+                self._drop(node, evaluation)
 
-    def _whole_input(self, node: Node, evaluation: Evaluation) -> Tensor:
-        if node in evaluation.wholes:
-            return evaluation.wholes[node]
+    def _charge(self, evaluation: Evaluation, num_bytes: int) -> None:
+        self._intake.budget.acquire(num_bytes)
+        evaluation.charged += num_bytes
+
+    def _drop(self, node: Node, evaluation: Evaluation) -> None:
+        if isinstance(node.kernel, Source | TiledKernel):
+            evaluation.wholes.pop(node, None)
+            num_bytes = node.type.num_bytes
+        else:
+            ports = evaluation.ports.pop(node.call, ())
+            num_bytes = sum(value.numel() * value.element_size() for value in ports)
+        self._intake.budget.release(num_bytes)
+        evaluation.charged -= num_bytes
+
+    def _load(self, node: Node, evaluation: Evaluation) -> Tensor:
+        """The whole value of a node, flat."""
+        if evaluation.whole(node) is None:
+            self._charge(evaluation, node.type.num_bytes)
+            evaluation.wholes[node] = self._whole(node, evaluation)
+        value = evaluation.whole(node)
+        assert value is not None
+        return value
+
+    def _whole(self, node: Node, evaluation: Evaluation) -> Tensor:
         if isinstance(node.kernel, Source):
-            raw = self._intake.read_bytes(node.kernel.name, 0, node.type.num_bytes)
-            return raw.view(torch_dtype(node.type.dtype)).to(evaluation.device).reshape(node.type.shape)
-        self._intake.budget.acquire(node.type.num_bytes)
-        return self._filled(node, evaluation).reshape(node.type.shape)
+            raw = self._intake.read_whole(node)
+            return raw.view(torch_dtype(node.type.dtype)).to(evaluation.device)
+        assert isinstance(node.kernel, TiledKernel)
+        if node.kernel.port_steps()[node.port] is None:
+            return evaluation.whole_port(node)
+        return self._filled(node, evaluation)
 
     def _filled(self, node: Node, evaluation: Evaluation) -> Tensor:
         """All tiles of `node`, flat."""
         flat = torch.empty(node.type.num_elements, dtype=torch_dtype(node.type.dtype), device=evaluation.device)
 
-        def submit(span: Span) -> Future[tuple[tuple[Tensor | None, ...], TileError | None]]:
-            read = self._intake.read(evaluation, node.call, span)
-            return self._executor.submit(self._then_release, evaluation.measured, node.call, span, read)
+        def submit(span: Span) -> Future[tuple[Ports, TileError | None]]:
+            reading = self._intake.read(evaluation.needed(node.call, span))
+            return self._executor.submit(self._then_release, evaluation.measured, node.call, span, reading)
 
         position = 0
         for ports, error in self._in_order(submit, evaluation.spans(node.call)):
@@ -111,3 +157,12 @@ class FirstPass:
             evaluation.errors += [error] if error else []
             position += value.numel()
         return flat
+
+
+def held_sources(calls: Iterable[Call]) -> Iterator[Node]:
+    """The sources that tiles of `calls` are cut from; what is needed whole is kept anyway."""
+    for kernel, inputs in calls:
+        if isinstance(kernel, TiledKernel):
+            for node, step in zip(inputs, kernel.input_steps(), strict=True):
+                if step is not None and isinstance(node.kernel, Source):
+                    yield node

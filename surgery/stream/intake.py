@@ -1,55 +1,116 @@
-"""Reading what tiles need, within the budget."""
+"""Reading what tiles need, within the budget.
+
+What several passes need is held: read once, piece by piece as the first pass comes to it, and
+looked at again by those after it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
-from surgery.graph import Source
+from surgery.graph import Node, Source
 from surgery.stream.budget import Budget
-from surgery.stream.evaluate import Call, Evaluation, Need, Span
+from surgery.stream.evaluate import Need
 from surgery.stream.read import BufferPool, SourceReader
 
-__all__ = ["Intake", "Read", "num_bytes_of"]
+__all__ = ["Intake", "Reading", "num_bytes_of"]
 
-Read = dict[Need, Tensor]
+
+@dataclass(slots=True)
+class Reading:
+    """Source elements for one tile; `owned` are the buffers that only this tile uses."""
+
+    values: dict[Node, tuple[int, Tensor]]  # as `Evaluation` takes them
+    owned: list[Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the budget that this tile takes by itself."""
+        return sum(buffer.numel() for buffer in self.owned)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A source tensor in memory: its first `filled` bytes are read."""
+
+    buffer: Tensor
+    filled: int = 0
+
+
+def num_bytes_of(needs: Iterable[Need]) -> int:
+    """Bytes on disk of what is needed."""
+    return sum((stop - start) * node.type.dtype.bits // 8 for node, start, stop in needs)
 
 
 class Intake:
-    """Source elements in, buffers and budget back."""
+    """Source elements in, buffers and budget back. Used by one thread, but for `give_back`."""
 
     def __init__(self, reader: SourceReader, pool: BufferPool, budget: Budget) -> None:
         self.budget = budget
         self._reader = reader
         self._pool = pool
+        self._held: dict[Node, _Held] = {}
 
-    def needs(self, evaluation: Evaluation, call: Call, span: Span) -> int:
-        """Bytes that `span` of the call's domain reads."""
-        return sum((stop - start) * node.type.dtype.bits // 8 for node, start, stop in evaluation.needed(call, span))
+    def hold(self, nodes: Iterable[Node]) -> None:
+        """Make room for source tensors that are to be read only once, until `let_go`."""
+        for node in nodes:
+            self.budget.acquire(node.type.num_bytes)
+            self._held[node] = _Held(self._pool.take(node.type.num_bytes))
 
-    def read(self, evaluation: Evaluation, call: Call, span: Span) -> Read:
-        """What `span` needs, once there is room for it."""
-        self.budget.acquire(self.needs(evaluation, call, span))
-        return {need: self._read_need(need) for need in evaluation.needed(call, span)}
+    def let_go(self) -> list[Tensor]:
+        """Forget what is held; its buffers are given back by the caller, when no tile looks at them any more."""
+        held, self._held = self._held, {}
+        return [entry.buffer for entry in held.values()]
 
-    def _read_need(self, need: Need) -> Tensor:
-        node, start, stop = need
-        bits = node.type.dtype.bits
-        return self._reader.read(cast(Source, node.kernel).name, start * bits // 8, stop * bits // 8)
+    def unheld(self, needs: Iterable[Need]) -> int:
+        """Bytes that reading `needs` takes of the budget."""
+        return num_bytes_of(need for need in needs if need[0] not in self._held)
 
-    def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, needs: Iterable[Need]) -> Reading:
+        """What is needed, once there is room for it."""
+        wanted = list(needs)
+        self.budget.acquire(self.unheld(wanted))
+        reading = Reading({}, [])
+        for node, start, stop in wanted:
+            bits = node.type.dtype.bits
+            extent = (start * bits // 8, stop * bits // 8)
+            buffer = self._held_bytes(node, *extent) if node in self._held else self._read(node, *extent)
+            reading.values[node] = (start, buffer)
+            reading.owned += [] if node in self._held else [buffer]
+        return reading
+
+    def _held_bytes(self, node: Node, start: int, stop: int) -> Tensor:
+        held = self._held[node]
+        if stop > held.filled:
+            kernel = cast(Source, node.kernel)
+            self._reader.read_into(held.buffer[held.filled : stop], kernel.model, kernel.name, held.filled)
+            held.filled = stop
+        return held.buffer[start:stop]
+
+    def _read(self, node: Node, start: int, stop: int) -> Tensor:
+        kernel = cast(Source, node.kernel)
+        buffer = self._pool.take(stop - start)
+        self._reader.read_into(buffer, kernel.model, kernel.name, start)
+        return buffer
+
+    def read_whole(self, node: Node) -> Tensor:
+        """All bytes of a source tensor, u8, not counted: the caller has done so."""
+        kernel = cast(Source, node.kernel)
+        buffer = torch.empty(node.type.num_bytes, dtype=torch.uint8)
+        self._reader.read_into(buffer, kernel.model, kernel.name, 0)
+        return buffer
+
+    def read_bytes(self, node: Node, start: int, stop: int) -> Tensor:
         """Bytes of a source tensor, once there is room for them."""
         self.budget.acquire(stop - start)
-        return self._reader.read(name, start, stop)
+        return self._read(node, start, stop)
 
     def give_back(self, buffers: Iterable[Tensor], num_bytes: int) -> None:
         """Buffers to the pool, bytes to the budget."""
         self._pool.give_back(buffers)
         self.budget.release(num_bytes)
-
-
-def num_bytes_of(read: Read) -> int:
-    """Bytes that were read."""
-    return sum(buffer.numel() for buffer in read.values())

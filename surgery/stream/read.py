@@ -15,10 +15,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import Checkpoint, SourceFile, TensorEntry
+from surgery.checkpoint import Checkpoint, SourceFile
 from surgery.errors import CheckpointError, Problem
 
-__all__ = ["BufferPool", "SourceReader"]
+__all__ = ["BufferPool", "FileKey", "SourceReader"]
+
+FileKey = tuple[str, str]  # the model, and the file in it
 
 CATCH_UP_BYTES = 1 << 20
 SMALLEST_KEPT = 1 << 18  # smaller buffers come cheap from the allocator
@@ -108,35 +110,35 @@ class _HashedFile:
 
 
 class SourceReader:
-    """Reads extents of a checkpoint's tensors. Used by one thread; close it when done."""
+    """Reads extents of the tensors of a plan's checkpoints. Used by one thread; close it when done."""
 
-    def __init__(self, checkpoint: Checkpoint, pool: BufferPool) -> None:
-        self._checkpoint = checkpoint
-        self._pool = pool
-        self._files = {file.name: _open(file) for file in checkpoint.files}
+    def __init__(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self._checkpoints = checkpoints
+        self._files: dict[FileKey, _HashedFile] = {}
+        for model, checkpoint in checkpoints.items():
+            for file in checkpoint.files:
+                self._files[model, file.name] = _open(file)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes [start, stop) of tensor `name` in a buffer of the pool. Raises CheckpointError."""
-        entry = self._entry(name)
-        file = self._files[entry.file.name]
-        buffer = self._pool.take(stop - start)
+    def read_into(self, buffer: Tensor, model: str, name: str, start: int) -> None:
+        """Fill `buffer` with the bytes of tensor `name` from `start` on. Raises CheckpointError."""
+        entry = self._checkpoints[model].tensors[name]
+        file = self._files[model, entry.file.name]
         view = buffer.numpy().data
         try:
             file.read_into(view, entry.start + start)
         except OSError as error:
             raise file.changed(f"cannot be read: {error.strerror}") from error
         file.hash_read(view, entry.start + start)
-        return buffer
 
-    def _entry(self, name: str) -> TensorEntry:
-        return self._checkpoint.tensors[name]
+    def finish(self) -> Mapping[FileKey, str]:
+        """The sha256 of every file of every model, hex, after reading what is left of it.
 
-    def finish(self) -> Mapping[str, str]:
-        """The sha256 of every file, hex, after reading what is left of it. Raises CheckpointError if one changed."""
+        Raises CheckpointError if one changed.
+        """
         for file in self._files.values():
             file.catch_up(file.file.header.file_bytes)
             file.check_unchanged()
-        return {name: file.sha256.hexdigest() for name, file in self._files.items()}
+        return {key: file.sha256.hexdigest() for key, file in self._files.items()}
 
     def close(self) -> None:
         """Close all files."""

@@ -40,12 +40,12 @@ class Resources:
     def _too_little(self, cost: Cost) -> Problem:
         what = f"--memory {format_binary(self.memory)} is too little: this plan needs {format_binary(cost.min_memory)}"
         if cost.largest_whole:
-            what += f" ({format_binary(cost.largest_whole)} for a matrix that is needed whole)"
+            what += f" ({format_binary(cost.largest_whole)} for what is needed whole)"
         return Problem(what, fix=f"give --memory {-(-cost.min_memory // (1 << 20))}MiB or more")
 
     def in_flight(self, cost: Cost) -> int:
         """Bytes for what is read and not yet written, held tensors included."""
-        return int((self.memory - cost.fixed - self.workers * cost.tile_bytes(self.tile)) * IN_FLIGHT_SHARE)
+        return int((self.memory - cost.fixed - cost.working(self.workers, self.tile)) * IN_FLIGHT_SHARE)
 
     def window(self, cost: Cost) -> int:
         """Bytes of it for what only passes through."""

@@ -8,20 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from surgery.graph import Kernel, Node, Source, TiledKernel, TileError
+from surgery.graph import Kernel, Node, Source, Span, TiledKernel, TileError
 from surgery.layout import OutputFile, Placed
-from surgery.numerics.transpose import Transpose
 from surgery.plan import Plan
 from surgery.stream.budget import Budget
-from surgery.stream.evaluate import Call, Evaluation, Span
-from surgery.stream.first_pass import FirstPass, Held
-from surgery.stream.intake import Intake, Read
-from surgery.stream.read import BufferPool, SourceReader
+from surgery.stream.evaluate import Call, Evaluation
+from surgery.stream.first_pass import FirstPass, Partials
+from surgery.stream.intake import Intake, Reading
+from surgery.stream.read import BufferPool, FileKey, SourceReader
 from surgery.stream.resources import Resources
 
 __all__ = ["Chunk", "Stream"]
@@ -66,7 +64,7 @@ class Stream:
         self._budget = Budget(resources.in_flight(plan.cost))
         self._window = Budget(resources.window(plan.cost))
         pool = BufferPool(self._budget.total)
-        self._reader = SourceReader(plan.checkpoint, pool)
+        self._reader = SourceReader(plan.checkpoints)
         self._intake = Intake(self._reader, pool, self._budget)
         self._queue: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(
@@ -95,8 +93,8 @@ class Stream:
             producer.join()
             torch.set_num_threads(num_threads)
 
-    def source_hashes(self) -> Mapping[str, str]:
-        """The sha256, hex, of every source file, by name; reads what no tensor needed."""
+    def source_hashes(self) -> Mapping[FileKey, str]:
+        """The sha256, hex, of every file of every model; reads what no tensor needed."""
         return self._reader.finish()
 
     def close(self) -> None:
@@ -114,27 +112,26 @@ class Stream:
 
     def _schedule(self, group: _Group) -> None:
         kernel, _ = group.call
-        evaluation = Evaluation(self._resources.device, self._resources.tile)
         if isinstance(kernel, Source):
             self._copy(group)
             return
-        held = self._first_pass.prepare(group.call, evaluation)
+        evaluation = Evaluation(self._resources.device, self._resources.tile)
+        partials = self._first_pass.prepare(group.call, evaluation)
         if isinstance(kernel, TiledKernel):
-            self._stream_tiles(group, evaluation, held)
+            self._stream_tiles(group, evaluation, partials)
             self._stream_whole_ports(group, evaluation)
         else:
             self._stream_whole(group, evaluation)
-        self._release_wholes(evaluation)
+        self._release(evaluation)
 
     def _copy(self, group: _Group) -> None:
         """Bytes are bytes, whatever their dtype."""
         for placed in group.outputs:
-            kernel = cast(Source, placed.node.kernel)
             num_bytes = placed.stop - placed.start
             for start in range(0, num_bytes, COPY_BYTES) if num_bytes else [0]:
                 stop = min(start + COPY_BYTES, num_bytes)
                 self._window.acquire(stop - start)
-                buffer = self._intake.read_bytes(kernel.name, start, stop)
+                buffer = self._intake.read_bytes(placed.node, start, stop)
                 chunk = Chunk(group.file, placed, start, buffer.numpy().data)
                 give_back = partial(self._give_back, [buffer], stop - start)
                 self._queue.put(_Item(_finished([chunk]), give_back))
@@ -143,23 +140,25 @@ class Stream:
         self._intake.give_back(buffers, num_bytes)
         self._window.release(num_bytes)
 
-    def _release_wholes(self, evaluation: Evaluation) -> None:
-        """Give the memory of whole values back once everything before this point is written."""
-        num_bytes = sum(node.type.num_bytes for node in evaluation.wholes)
+    def _release(self, evaluation: Evaluation) -> None:
+        """Give the memory of what was held and whole back once everything before this point is written."""
+        held = self._intake.let_go()
+        num_bytes = evaluation.charged + sum(buffer.numel() for buffer in held)
         if num_bytes:
-            self._queue.put(_Item(_finished([]), partial(self._budget.release, num_bytes)))
+            self._queue.put(_Item(_finished([]), partial(self._intake.give_back, held, num_bytes)))
 
-    def _stream_tiles(self, group: _Group, evaluation: Evaluation, held: dict[Span, Held]) -> None:
+    def _stream_tiles(self, group: _Group, evaluation: Evaluation, partials: Partials) -> None:
         call = group.call
         for span in evaluation.spans(call):
             written = sum(_span_bytes(placed.node, span) for placed in group.outputs)
-            passing = self._intake.needs(evaluation, call, span) + written
+            needed = evaluation.needed(call, span)
+            passing = self._intake.unheld(needed) + written
             self._window.acquire(passing)
-            read, first = held.pop(span, (None, None))
-            read = read or self._intake.read(evaluation, call, span)
+            reading = self._intake.read(needed)
             self._budget.acquire(written)
-            future = self._executor.submit(_tile_chunks, group, evaluation, span, read, first and first.result())
-            give_back = partial(self._give_back, read.values(), passing)
+            first = partials.pop(span, None)
+            future = self._executor.submit(_tile_chunks, group, evaluation, span, reading, first and first.result())
+            give_back = partial(self._give_back, reading.owned, passing)
             self._queue.put(_Item(future, give_back))
 
     def _stream_whole_ports(self, group: _Group, evaluation: Evaluation) -> None:
@@ -175,13 +174,12 @@ class Stream:
 
     def _stream_whole(self, group: _Group, evaluation: Evaluation) -> None:
         for placed in group.outputs:
-            self._first_pass.evaluate_whole(placed.node, evaluation)
-            data = _bytes_of(evaluation.wholes[placed.node])
+            data = _bytes_of(evaluation.ports[group.call][placed.node.port])
             chunks = [
                 Chunk(group.file, placed, start, data[start : start + COPY_BYTES])
                 for start in range(0, len(data), COPY_BYTES)
             ]
-            if isinstance(group.call[0], Transpose) and evaluation.errors:  # moves values, changes none
+            if placed.node.port == 0 and evaluation.errors:
                 chunks.append(Chunk(group.file, placed, len(data), data[:0], tuple(evaluation.errors)))
             self._queue.put(_Item(_finished(chunks), _nothing))
 
@@ -194,8 +192,8 @@ def _groups(file: OutputFile) -> Iterable[_Group]:
     return groups.values()
 
 
-def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, read: Read, partial: Tensor | None) -> list[Chunk]:
-    ports, error = evaluation.measured(group.call, span, read, partial)
+def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, reading: Reading, partial: object) -> list[Chunk]:
+    ports, error = evaluation.measured(group.call, span, reading.values, partial)
     chunks: list[Chunk] = []
     for placed in group.outputs:
         value = ports[placed.node.port]

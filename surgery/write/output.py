@@ -115,7 +115,11 @@ def _write_weights(
 
 def _run_identity(plan: Plan) -> str:
     """What a run to be resumed must have in common with this one: the plan, and the state of the source."""
-    state = [[file.name, file.header.file_bytes, file.mtime_ns] for file in plan.checkpoint.files]
+    state = [
+        [name, file.name, file.header.file_bytes, file.mtime_ns]
+        for name, checkpoint in plan.checkpoints.items()
+        for file in checkpoint.files
+    ]
     return f"{plan.digest} {version('model-surgery')} {json.dumps(state)}"
 
 
@@ -177,9 +181,9 @@ def _hash_file(path: Path) -> str:
 
 def _write_others(plan: Plan, directory: Path) -> list[FileRecord]:
     """Index, config and side files, sorted by name."""
-    contents = {INDEX_NAME: plan.layout.index, "config.json": plan.config}
+    contents = {INDEX_NAME: plan.layout.index, plan.config_name: plan.config}
     records = [_write_synced(directory / name, [content]) for name, content in contents.items() if content]
-    for name in plan.checkpoint.sides.copied:
+    for name in plan.side_files:
         records.append(_copy(plan.checkpoint.path / name, directory / name, name))
     return sorted(records, key=lambda record: record.name)
 

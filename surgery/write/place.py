@@ -33,7 +33,8 @@ class Workplace:
     def check(self, plan: Plan) -> None:
         """Raises OutputError for what can be known before a byte is written."""
         try:
-            self._check_place(plan.checkpoint.path.resolve())
+            for checkpoint in plan.checkpoints.values():
+                self._check_place(checkpoint.path.resolve())
             self._check_room(plan)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, OutputError):

@@ -8,6 +8,7 @@ from typing import cast
 
 from surgery.checkpoint.architecture import Architecture, Kind
 from surgery.checkpoint.modules import Module
+from surgery.op import Finished
 
 __all__ = ["is_bitsandbytes", "other_method", "patch_config"]
 
@@ -34,17 +35,15 @@ def other_method(config: Mapping[str, object]) -> str:
 
 
 def patch_config(
-    config: Mapping[str, object],
-    modules: Mapping[str, Module],
-    architecture: Architecture,
-    options: Mapping[str, object],
+    config: Mapping[str, object], finished: Finished, options: Mapping[str, object]
 ) -> Mapping[str, object]:
-    """`config` with the quantization_config for `modules`; without one if none is quantized any more.
+    """`config` with the quantization_config for the finished modules; without one if none is quantized any more.
 
     `options` are the `bnb_4bit_*` entries; those of an earlier config are kept where they are silent.
     """
     if other_method(config):
         return config
+    modules = finished.modules
     quantized = [module.path for module in modules.values() if module.is_quantized]
     if not quantized:
         return {key: value for key, value in config.items() if key != KEY}
@@ -56,7 +55,7 @@ def patch_config(
         "load_in_8bit": False,
         "bnb_4bit_quant_storage": "uint8",
         **options,
-        "llm_int8_skip_modules": _skip_modules(modules, architecture, quantized),
+        "llm_int8_skip_modules": _skip_modules(modules, finished.architecture, quantized),
     }
     return {**config, KEY: entry}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.formats.bitsandbytes.quantize import Quantize4bit
 from surgery.formats.bitsandbytes.record import QuantRecord
-from surgery.graph import Graph, Node, TiledKernel
+from surgery.graph import Graph, Node, Span, TiledKernel
 from surgery.numerics.cast import rounded
 from surgery.types import DType, TensorType
 
@@ -56,13 +56,16 @@ class Dequantize4bit(TiledKernel):
         return (1,)
 
     @property
+    def keeps_value(self) -> bool:
+        """The floats are what the codes stand for."""
+        return True
+
+    @property
     def align(self) -> int:
         """As the quantization's."""
         return self._kernel().align
 
-    def tile(
-        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def tile(self, state: object, partial: object, span: Span, *tiles: Tensor) -> tuple[Tensor | None, ...]:
         """Decode one tile.
 
         Raises ValueError if the stored codebook is not bitsandbytes' own, BadValue for what `dtype` cannot hold.
@@ -80,14 +83,14 @@ class Dequantize4bit(TiledKernel):
             _check_map(tiles[3], DYNAMIC_8BIT)
             absmax = fourbit.nested_decode(absmax.cpu(), tiles[2].cpu(), torch.tensor(offset)).to(packed.device)
         weight = fourbit.decode(
-            packed, absmax, num_elements, self.record.block_size, self.record.quant_type,
+            packed, absmax, span[1] - span[0], self.record.block_size, self.record.quant_type,
             torch_dtype(self.record.weight.dtype),
         )  # fmt: skip
         return (rounded(weight, self.dtype),)
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The reference, on whole tensors."""
-        (weight,) = self.tile(None, None, self.record.weight.num_elements, *(part.reshape(-1) for part in inputs))
+        (weight,) = self.tile(None, None, (0, self.record.weight.num_elements), *(part.reshape(-1) for part in inputs))
         assert weight is not None
         return (weight.reshape(self.record.weight.shape),)
 

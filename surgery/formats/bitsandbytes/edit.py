@@ -142,6 +142,6 @@ def _record(site: Site, node: Node) -> QuantRecord:
     if isinstance(node.kernel, Quantize4bit):
         return node.kernel.record(node.inputs[0].type)
     try:
-        return QuantRecord.decode(site.read_record(node))[0]
+        return QuantRecord.decode(site.scene.read_record(node))[0]
     except (ValueError, CheckpointError) as error:
         raise site.refuse(f"does not hold together: {error}", "download or write it again") from None

@@ -15,7 +15,7 @@ from surgery.formats.bitsandbytes.quantize import Quantize4bit
 from surgery.graph import Rule
 from surgery.numerics.cast import transpose_of_cast
 from surgery.numerics.transpose import transpose_of_transpose
-from surgery.op import Op, Rewrite, Site, doc
+from surgery.op import Finished, Op, Rewrite, Site, doc
 
 __all__ = ["Bitsandbytes4bit"]
 
@@ -48,16 +48,14 @@ class Bitsandbytes4bit(Op):
         """The weight of `site` in 4 bits."""
         return quantized(site, Quantize4bit(self.quant_type, self.block_size, self.double_quant))
 
-    def config(
-        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
-    ) -> Mapping[str, object]:
+    def config(self, config: Mapping[str, object], finished: Finished) -> Mapping[str, object]:
         """The quantization_config that loads the output as it is."""
         options = {
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": self.double_quant,
             "bnb_4bit_compute_dtype": self.compute_dtype,
         }
-        return patch_config(config, modules, architecture, options)
+        return patch_config(config, finished, options)
 
     def conflicts(self, other: Op) -> str:
         """config.json has room for one compute dtype."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from surgery.formats.bitsandbytes.record import NESTED_BLOCK_SIZE, QuantRecord
-from surgery.graph import BadValue, TiledKernel
+from surgery.graph import BadValue, Span, TiledKernel
 from surgery.numerics.dtypes import torch_dtype
 from surgery.types import DType, TensorType
 
@@ -68,11 +68,11 @@ class Quantize4bit(TiledKernel):
         return self.block_size * (NESTED_BLOCK_SIZE if self.double_quant else 1)
 
     @property
-    def reduces(self) -> bool:
+    def reductions(self) -> int:
         """Double quantization subtracts the mean of all absmax."""
-        return self.double_quant
+        return int(self.double_quant)
 
-    def partial(self, *tiles: Tensor) -> Tensor:
+    def partial(self, state: object, span: Span, *tiles: Tensor) -> Tensor:
         """The absmax of each block, f32. Raises BadValue with the index of a NaN or Inf."""
         from surgery.numerics import fourbit
 
@@ -83,28 +83,31 @@ class Quantize4bit(TiledKernel):
             )
         return absmax
 
-    def combine(self, partials: Iterable[Tensor], *inputs: TensorType) -> object:
+    def combine(self, state: object, partials: Iterable[object], *inputs: TensorType) -> object:
         """The mean of all absmax, an f32 scalar with the bits of torch on one thread."""
         from surgery.numerics.mean import StreamedMean
 
         mean = StreamedMean(self.record(inputs[0]).num_blocks())
         for absmax in partials:
-            mean.add(absmax)
+            mean.add(cast("Tensor", absmax))
         return mean.result()
 
-    def tile(
-        self, state: object, partial: Tensor | None, num_elements: int, *tiles: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def tile(self, state: object, partial: object, span: Span, *tiles: Tensor) -> tuple[Tensor | None, ...]:
         """Packed codes, absmax and nested absmax of one tile."""
         from surgery.numerics import fourbit
 
         (weight,) = tiles
-        absmax = self.partial(weight) if partial is None else partial.to(weight.device)
+        absmax = self.partial(None, span, weight) if partial is None else cast("Tensor", partial)
         packed = fourbit.encode(weight, absmax, self.block_size, self.quant_type)
         if not self.double_quant:
             return (packed, absmax, None, None)
         codes, nested = fourbit.nested_encode(absmax.cpu(), cast("Tensor", state))
         return (packed, codes, nested, None, None, None)
+
+    @property
+    def keeps_value(self) -> bool:
+        """4 bits stand for the weight."""
+        return True
 
     def rounds(self, *inputs: TensorType) -> bool:
         """Always."""
@@ -147,7 +150,7 @@ class Quantize4bit(TiledKernel):
         type_ = TensorType(dtype_of(weight.dtype), tuple(weight.shape))
         absmax = fourbit.block_absmax(flat, self.block_size)
         packed = fourbit.encode_reference(flat, absmax, self.block_size, self.quant_type)
-        state = self.combine([absmax], type_)
+        state = self.combine(None, [absmax], type_)
         ports: dict[int, Tensor] = {0: packed.unsqueeze(1), 1: absmax}
         if self.double_quant:
             ports[1], ports[2] = fourbit.nested_encode(absmax, torch.as_tensor(state))

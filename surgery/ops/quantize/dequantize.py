@@ -13,7 +13,7 @@ from surgery.formats.bitsandbytes.edit import dequantized
 from surgery.graph import Rule
 from surgery.numerics.dtypes import float_dtype
 from surgery.numerics.transpose import transpose_of_transpose
-from surgery.op import Op, Rewrite, Site, doc
+from surgery.op import Finished, Op, Rewrite, Site, doc
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,6 @@ class Dequantize(Op):
         """The weight of `site` as floats."""
         return dequantized(site, float_dtype(self.dtype) if self.dtype else None)
 
-    def config(
-        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
-    ) -> Mapping[str, object]:
+    def config(self, config: Mapping[str, object], finished: Finished) -> Mapping[str, object]:
         """The quantization_config of what is left quantized."""
-        return patch_config(config, modules, architecture, {})
+        return patch_config(config, finished, {})

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from surgery.checkpoint.architecture import Architecture
 from surgery.checkpoint.modules import QUANTIZED_PARTS, Module
 from surgery.graph import Rule
 from surgery.numerics.cast import Cast, cast_of_cast
 from surgery.numerics.dtypes import FLOAT_NAMES, float_dtype, torch_name
-from surgery.op import Op, Rewrite, Site, doc
+from surgery.op import Finished, Op, Rewrite, Selects, Site, doc
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class CastTensor(Op):
              `dtype` cannot hold (the tensor and the index are named)
     """
 
-    selects: ClassVar[Literal["modules", "tensors"]] = "tensors"
+    selects: ClassVar[Selects] = "tensors"
     rules: ClassVar[tuple[Rule, ...]] = (cast_of_cast,)
 
     dtype: Literal["float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2"] = field(
@@ -47,11 +46,9 @@ class CastTensor(Op):
             raise site.refuse(f"cannot be cast: {error}", fix) from None
         return Rewrite((site.path,), {site.path: node})
 
-    def config(
-        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
-    ) -> Mapping[str, object]:
+    def config(self, config: Mapping[str, object], finished: Finished) -> Mapping[str, object]:
         """`dtype`, and `torch_dtype` where it stands, name what most floats are in."""
-        main = _main_dtype(modules)
+        main = _main_dtype(finished.modules)
         if main is None:
             return config
         keys = ["dtype", *(["torch_dtype"] if "torch_dtype" in config else [])]

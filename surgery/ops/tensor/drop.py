@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from surgery.op import Op, Rewrite, Site
+from surgery.op import Op, Rewrite, Selects, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Drop(Op):
     Raises   OpError when a part of a quantized weight is dropped without its other parts
     """
 
-    selects: ClassVar[Literal["modules", "tensors"]] = "tensors"
+    selects: ClassVar[Selects] = "tensors"
 
     def rewrite(self, site: Site) -> Rewrite:
         """Nothing in the tensor's place."""

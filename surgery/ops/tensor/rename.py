@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from surgery.checkpoint.architecture import Architecture
 from surgery.checkpoint.header import METADATA_KEY
-from surgery.checkpoint.modules import Module
 from surgery.checkpoint.paths import is_text
 from surgery.formats.bitsandbytes import is_bitsandbytes, patch_config
-from surgery.op import Op, Rewrite, Site, doc
+from surgery.op import Finished, Op, Rewrite, Selects, Site, doc
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class Rename(Op):
     Raises   OpError for two tensors with one name, or a quantized weight torn from its parts
     """
 
-    selects: ClassVar[Literal["modules", "tensors"]] = "tensors"
+    selects: ClassVar[Selects] = "tensors"
 
     to: str = field(metadata=doc(r"The new name; `\1` is the regex's first group.", examples=(r"model.\1",)))
 
@@ -49,8 +47,6 @@ class Rename(Op):
             raise site.refuse(f"would be renamed to {name!r}", "give a name that a safetensors file can hold")
         return Rewrite((site.path,), {name: site.nodes[site.path]})
 
-    def config(
-        self, config: Mapping[str, object], modules: Mapping[str, Module], architecture: Architecture
-    ) -> Mapping[str, object]:
+    def config(self, config: Mapping[str, object], finished: Finished) -> Mapping[str, object]:
         """Skips follow the new names."""
-        return patch_config(config, modules, architecture, {}) if is_bitsandbytes(config) else config
+        return patch_config(config, finished, {}) if is_bitsandbytes(config) else config

@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, cast
 from surgery.checkpoint import open_checkpoint
 from surgery.cost import DEFAULT_MEMORY
 from surgery.errors import OutputError, Problem, SpecError, SurgeryError, VerifyError
+from surgery.importing import from_mergekit
 from surgery.inspection import Inspection, inspect_checkpoint
 from surgery.op import SOURCE, find_op, op_names, options_of
 from surgery.plan import Plan, make_plan
 from surgery.sizes import parse_size
 from surgery.spec import Spec, load_spec, spec_schema
+from surgery.spec.document import read_document
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
     from surgery.stream import Resources
     from surgery.write import ProgressReport
 
-__all__ = ["apply", "inspect", "load", "ops", "plan", "resumable", "schema", "validate", "verify"]
+__all__ = ["apply", "import_mergekit", "inspect", "load", "ops", "plan", "resumable", "schema", "validate", "verify"]
 
+KIND_NAMES = {"object": "map", "array": "list"}
 Setting = str | int | float | bool | None
 
 
@@ -132,7 +135,8 @@ def verify(
     """Hash `out` anew and hold it against its manifest; with `reproduce`, also make it again and compare.
 
     A manifest names what is local by its content only, so `reproduce` needs to be told where it is:
-    `source`, and `models` by their names in the spec; what came from the Hub is known by its commit. Raises VerifyError naming each file and tensor that differs.
+    `source`, and `models` by their names in the spec; what came from the Hub is known by its commit.
+    Raises VerifyError naming each file and tensor that differs.
     """
     from surgery.verification import verify_output
 
@@ -178,6 +182,11 @@ def inspect(source: str | Path) -> Inspection:
     return inspect_checkpoint(open_checkpoint(str(source)))
 
 
+def import_mergekit(config: str | Path) -> str:
+    """A mergekit configuration file as a spec, YAML text. Raises SpecError for what has no equal here."""
+    return from_mergekit(read_document(Path(config)))
+
+
 def ops(name: str | None = None) -> str:
     """The ops with a line each, or the manual of one. Raises SurgeryError for a name that is none."""
     if name is None:
@@ -202,10 +211,19 @@ def _options(name: str) -> str:
         lines += [f"  {op.selects}, except, expect", f"      what it is applied to{optional}"]
     for option in options_of(op):
         default = "required" if option.required else f"default {option.default}"
-        kind = option.schema.get("enum") or option.schema.get("type")
-        shown = ", ".join(map(str, kind)) if isinstance(kind, list) else str(kind)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        shown = _kind(option.schema)
         lines += [f"  {option.key}  ({shown}; {default})", f"      {option.doc}"]
     return "\n".join(lines)
+
+
+def _kind(schema: Mapping[str, object]) -> str:
+    """What a value may be, in a few words."""
+    if "anyOf" in schema:
+        kinds = [_kind(choice) for choice in cast("list[Mapping[str, object]]", schema["anyOf"])]
+        return " or ".join(dict.fromkeys(kinds))
+    kind = schema.get("enum") or schema.get("type")
+    names = [str(name) for name in cast("list[object]", kind)] if isinstance(kind, list) else [str(kind)]
+    return ", ".join(KIND_NAMES.get(name, name) for name in names)
 
 
 def schema() -> dict[str, object]:

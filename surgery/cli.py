@@ -230,6 +230,14 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
 
 
+@main.command(name="import-mergekit")
+@click.argument("config", type=click.Path())
+@_reporting
+def import_mergekit(config: str) -> None:
+    """Turn a mergekit configuration into a spec."""
+    click.echo(surgery.import_mergekit(config), nl=False)
+
+
 @main.command()
 @click.argument("name", required=False)
 @_reporting

@@ -88,7 +88,7 @@ def make_manifest(plan: Plan, source_hashes: Mapping[tuple[str, str], str], writ
 
 def _base(plan: Plan) -> dict[str, object]:
     extracted = plan.config_name == ADAPTER_CONFIG and not plan.checkpoint.is_adapter
-    return {"base": plan.checkpoint.identity} if extracted else {}
+    return {"base": {"identity": plan.checkpoint.identity}} if extracted else {}
 
 
 def _model(name: str, checkpoint: Checkpoint, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:

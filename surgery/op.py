@@ -51,6 +51,7 @@ SOURCE = "source"  # what an edit calls the source among its models
 class Rewrite:
     """What happens to names at one site: `takes` leave, `gives` come in their place.
 
+    A name that is both taken and given stays where it was; a new one follows the one given before it.
     A source tensor that none of `gives` is computed from must be in `drops`: nothing vanishes
     unless an op says so.
     """
@@ -238,10 +239,10 @@ def options_of(op: type[Op]) -> list[Option]:
         if field.metadata["examples"]:
             schema["examples"] = list(field.metadata["examples"])
         required = field.default is dataclasses.MISSING
+        default = None if required else field.default
+        default = list(cast("tuple[object, ...]", default)) if isinstance(default, tuple) else default
         key = field.metadata["key"] or field.name
-        options.append(
-            Option(field.name, key, field.metadata["doc"], required, None if required else field.default, schema)
-        )
+        options.append(Option(field.name, key, field.metadata["doc"], required, default, schema))
     return options
 
 

@@ -198,6 +198,34 @@ def test_the_output_is_made_again_without_being_told_where_the_source_is(home: P
     assert "made again byte for byte" in run.stdout
 
 
+MERGE = """version: 1
+source: REPO@v1
+models: {other: REPO}
+edits:
+  - {op: merge.linear, models: {source: {weight: 1}, other: {weight: 3}}}
+""".replace("REPO", REPO)
+
+
+def test_models_of_a_merge_come_from_the_hub_and_can_be_made_again(home: Path, hub: Hub) -> None:
+    (home / "merge.yaml").write_text(MERGE)
+    run = command(home, hub, "apply", "merge.yaml", "-o", "out")
+    assert run.returncode == 0, run.stderr
+    manifest = manifest_of(home / "out")
+    assert manifest["models"]["other"]["identity"] == manifest["spec"]["models"]["other"] == f"{REPO}@{NEW}"
+    assert manifest["source"]["identity"] == f"{REPO}@{OLD}"
+    assert command(home, hub, "verify", "out", "--reproduce").returncode == 0
+
+
+def test_a_repository_in_the_cache_of_the_client_is_a_source(home: Path, hub: Hub) -> None:
+    assert command(home, hub, "plan", "spec.yaml").returncode == 0
+    (repository,) = (home / "cache" / "hub").glob("models--*")
+    run = command(home, hub, "plan", "spec.yaml", "--json", "--set", f"model={repository}", HF_HUB_OFFLINE="1")
+    assert json.loads(run.stdout)["source"] == f"{REPO}@{NEW}"
+    (repository / "refs" / "main").write_text("0" * 40)
+    message = failure(command(home, hub, "plan", "spec.yaml", "--set", f"model={repository}"))
+    assert "no `refs/main` among them" in message
+
+
 def test_a_cached_commit_needs_no_network(home: Path, hub: Hub) -> None:
     assert command(home, hub, "plan", "spec.yaml").returncode == 0
     num_asked = len(hub.asked)

@@ -29,11 +29,25 @@ def locate(source: str) -> Location:
     """The place `source` names; a local path wins over a Hub id. Raises CheckpointError."""
     path = Path(source).expanduser()
     if stands(path):
-        return Location(path)
+        return _cached(path) or Location(path)
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         fix = "give a directory, a .safetensors file, or a Hub id as org/name[@revision]"
         raise CheckpointError(Problem("does not exist", source, fix))
     return _fetch(source)
+
+
+def _cached(path: Path) -> Location | None:
+    """The snapshot in a repository of the Hub client's cache (`models--org--name`): that of `main`, or the only one."""
+    if not path.name.startswith("models--") or not stands(path / "snapshots"):
+        return None
+    main = path / "refs" / "main"
+    found = sorted(snapshot.name for snapshot in (path / "snapshots").iterdir())
+    commit = main.read_text().strip() if main.is_file() else found[0] if len(found) == 1 else ""
+    if commit not in found or not COMMIT.fullmatch(commit):
+        what = f"is a Hub cache with {len(found)} snapshots and no `refs/main` among them"
+        raise CheckpointError(Problem(what, str(path), "name one: its directory below `snapshots`"))
+    repository = "/".join(path.name.split("--")[1:])
+    return Location(path / "snapshots" / commit, f"{repository}@{commit}")
 
 
 def _fetch(source: str) -> Location:

@@ -39,7 +39,7 @@ def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     bytes_read = sum(file.header.file_bytes for model in checkpoints.values() for file in model.files)
     bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
     tensors = _tensor_plans(spec, checkpoint, names, layout)
-    kept = {tensor.origin for tensor in tensors if tensor.node.port == 0}
+    kept = {tensor.origin for tensor in tensors if tensor.node.port == 0 or tensor.name == tensor.origin}
     is_adapter = _makes_adapter(spec, checkpoint)
     return Plan(
         spec=spec,

@@ -30,7 +30,7 @@ class Names:
     """Every name of the checkpoint after some edits, in order; and what edits dropped by name."""
 
     entries: Mapping[str, Entry]
-    dropped: Mapping[str, Node]
+    dropped: Mapping[tuple[int, str], Node]  # by the edit that dropped it, and its name then
     architecture: Architecture
 
     def modules(self) -> dict[str, Module]:
@@ -155,16 +155,18 @@ def _collisions(edit: Edit, rewrites: list[Rewrite], names: Names) -> list[Probl
 
 
 def _rewritten(edit: Edit, rewrites: list[Rewrite], names: Names) -> Names:
-    by_first = {rewrite.takes[0]: rewrite for rewrite in rewrites}
     taken = {name for rewrite in rewrites for name in rewrite.takes}
+    given: dict[str, dict[str, Entry]] = {}  # what comes in the place of each name
+    for rewrite in rewrites:
+        before = {index for name in rewrite.takes for index in names.entries[name].edits}
+        edits = (*sorted(before), edit.index)
+        place = rewrite.takes[0]
+        for name, node in rewrite.gives.items():
+            place = name if name in taken else place
+            given.setdefault(place, {})[name] = Entry(node, edits)
     entries: dict[str, Entry] = {}
     for name, entry in names.entries.items():
-        if name in by_first:
-            rewrite = by_first[name]
-            before = {index for taken_name in rewrite.takes for index in names.entries[taken_name].edits}
-            edits = (*sorted(before), edit.index)
-            entries |= {given: Entry(node, edits) for given, node in rewrite.gives.items()}
-        elif name not in taken:
-            entries[name] = entry
-    dropped = {name: names.entries[name].node for rewrite in rewrites for name in rewrite.drops}
+        entries |= given.get(name, {} if name in taken else {name: entry})
+    # A name may be dropped, given anew and dropped again: each time it stands for another tensor.
+    dropped = {(edit.index, name): names.entries[name].node for rewrite in rewrites for name in rewrite.drops}
     return Names(entries, {**names.dropped, **dropped}, names.architecture)

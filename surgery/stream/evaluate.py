@@ -8,7 +8,7 @@ known before either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,6 +116,15 @@ class Evaluation:
             same_domain = node.kernel.port_steps()[node.port] == step
             return self._exact(node.call, span, tile) if same_domain else None
         return self._elements(node, *span, tile) if step == 1 and node.type.dtype.is_float else None
+
+    def run(self, call: Call, values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], TileError | None]:
+        """All ports of a kernel without tiles, and what was lost in them. Raises OpError."""
+        kernel, _ = call
+        try:
+            ports = kernel.run(*values)
+        except (BadValue, ValueError) as problem:
+            raise _located(problem, call, (0, 0)) from None
+        return ports, kernel.measure(values, ports)
 
     def partial(self, call: Call, span: Span, read: Read) -> object:
         """What `span` adds to the state of `call`."""

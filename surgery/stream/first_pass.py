@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.graph import Node, Source, Span, TiledKernel, TileError, toposort
 from surgery.numerics.dtypes import torch_dtype
 from surgery.stream.evaluate import Call, Evaluation, Ports
-from surgery.stream.intake import Intake, Reading
+from surgery.stream.intake import Reading, Supply
 
 __all__ = ["FirstPass", "Partials"]
 
@@ -25,7 +25,7 @@ HELD_SHARE = 1 / 3  # of the budget: what fits is kept between the passes, so th
 class FirstPass:
     """Fills in an `Evaluation`: states of reductions, and values that kernels need whole."""
 
-    def __init__(self, intake: Intake, executor: Executor, look_ahead: int) -> None:
+    def __init__(self, intake: Supply, executor: Executor, look_ahead: int) -> None:
         self._intake = intake
         self._executor = executor
         self._look_ahead = look_ahead
@@ -53,7 +53,7 @@ class FirstPass:
         if not any(isinstance(kernel, TiledKernel) and kernel.reductions for kernel, _ in calls):
             return False
         sources = list(dict.fromkeys(held_sources(calls)))
-        if sum(node.type.num_bytes for node in sources) > self._intake.budget.total * HELD_SHARE:
+        if sum(node.type.num_bytes for node in sources) > self._intake.room * HELD_SHARE:
             return False
         self._intake.hold(sources)
         return True
@@ -102,8 +102,7 @@ class FirstPass:
         types = kernel.infer(*(node.type for node in inputs))
         num_bytes = sum(type_.num_bytes for type_ in types)
         self._charge(evaluation, num_bytes)
-        evaluation.ports[call] = self._executor.submit(kernel.run, *values).result()
-        error = self._executor.submit(kernel.measure, values, evaluation.ports[call]).result()
+        evaluation.ports[call], error = self._executor.submit(evaluation.run, call, values).result()
         evaluation.errors += [error] if error else []
         for node in inputs:
             uses[node] -= 1
@@ -111,7 +110,7 @@ class FirstPass:
                 self._drop(node, evaluation)
 
     def _charge(self, evaluation: Evaluation, num_bytes: int) -> None:
-        self._intake.budget.acquire(num_bytes)
+        self._intake.charge(num_bytes)
         evaluation.charged += num_bytes
 
     def _drop(self, node: Node, evaluation: Evaluation) -> None:
@@ -121,7 +120,7 @@ class FirstPass:
         else:
             ports = evaluation.ports.pop(node.call, ())
             num_bytes = sum(value.numel() * value.element_size() for value in ports)
-        self._intake.budget.release(num_bytes)
+        self._intake.release(num_bytes)
         evaluation.charged -= num_bytes
 
     def _load(self, node: Node, evaluation: Evaluation) -> Tensor:

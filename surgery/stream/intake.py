@@ -6,9 +6,9 @@ looked at again by those after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Need
 from surgery.stream.read import BufferPool, SourceReader
 
-__all__ = ["Intake", "Reading", "num_bytes_of"]
+__all__ = ["Intake", "Loaded", "Reading", "Supply", "num_bytes_of"]
 
 
 @dataclass(slots=True)
@@ -47,6 +47,68 @@ def num_bytes_of(needs: Iterable[Need]) -> int:
     return sum((stop - start) * node.type.dtype.bits // 8 for node, start, stop in needs)
 
 
+class Supply(Protocol):
+    """Where the passes over an output get source elements from."""
+
+    @property
+    def room(self) -> int:
+        """Bytes in all."""
+        ...
+
+    def charge(self, num_bytes: int) -> None:
+        """Wait until there is room for that much."""
+        ...
+
+    def release(self, num_bytes: int) -> None:
+        """Give it back."""
+        ...
+
+    def hold(self, nodes: Iterable[Node]) -> None:
+        """Make room for source tensors that are to be read only once."""
+        ...
+
+    def read(self, needs: Iterable[Need]) -> Reading:
+        """What is needed, once there is room for it."""
+        ...
+
+    def read_whole(self, node: Node) -> Tensor:
+        """All bytes of a source tensor, u8, not counted: the caller has done so."""
+        ...
+
+    def give_back(self, buffers: Iterable[Tensor], num_bytes: int) -> None:
+        """Buffers and their bytes back."""
+        ...
+
+
+class Loaded:
+    """A supply of sources that are in memory already, whole, as u8."""
+
+    room = 0
+
+    def __init__(self, sources: Mapping[Node, Tensor]) -> None:
+        self._sources = sources
+
+    def charge(self, num_bytes: int) -> None:
+        """Nothing: whoever loaded them has counted it."""
+
+    def release(self, num_bytes: int) -> None:
+        """Nothing."""
+
+    def hold(self, nodes: Iterable[Node]) -> None:
+        """Nothing: they are."""
+
+    def read(self, needs: Iterable[Need]) -> Reading:
+        """Views of what is there."""
+        return Reading({node: (0, self._sources[node]) for node, _, _ in needs}, [])
+
+    def read_whole(self, node: Node) -> Tensor:
+        """The bytes as they are."""
+        return self._sources[node]
+
+    def give_back(self, buffers: Iterable[Tensor], num_bytes: int) -> None:
+        """Nothing."""
+
+
 class Intake:
     """Source elements in, buffers and budget back. Used by one thread, but for `give_back`."""
 
@@ -55,6 +117,19 @@ class Intake:
         self._reader = reader
         self._pool = pool
         self._held: dict[Node, _Held] = {}
+
+    @property
+    def room(self) -> int:
+        """Bytes of the budget."""
+        return self.budget.total
+
+    def charge(self, num_bytes: int) -> None:
+        """Wait until the budget has room."""
+        self.budget.acquire(num_bytes)
+
+    def release(self, num_bytes: int) -> None:
+        """Bytes back to the budget."""
+        self.budget.release(num_bytes)
 
     def hold(self, nodes: Iterable[Node]) -> None:
         """Make room for source tensors that are to be read only once, until `let_go`."""

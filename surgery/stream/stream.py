@@ -5,26 +5,30 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from surgery.graph import Kernel, Node, Source, Span, TiledKernel, TileError
+from surgery.graph import Kernel, Node, Source, Span, TiledKernel, TileError, toposort
 from surgery.layout import OutputFile, Placed
 from surgery.plan import Plan
 from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Call, Evaluation
 from surgery.stream.first_pass import FirstPass, Partials
-from surgery.stream.intake import Intake, Reading
+from surgery.stream.intake import Intake, Loaded, Reading
 from surgery.stream.read import BufferPool, FileKey, SourceReader
 from surgery.stream.resources import Resources
 
 __all__ = ["Chunk", "Stream"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 COPY_BYTES = 1 << 20
+SMALL_BYTES = 1 << 20  # of the sources of one output: less is not worth a schedule of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +115,32 @@ class Stream:
             self._queue.put(error)
 
     def _schedule(self, group: _Group) -> None:
-        kernel, _ = group.call
+        kernel, inputs = group.call
         if isinstance(kernel, Source):
             self._copy(group)
+            return
+        sources = [node for node in toposort(inputs) if isinstance(node.kernel, Source)]
+        if sum(node.type.num_bytes for node in sources) <= SMALL_BYTES:
+            self._stream_small(group, sources)
             return
         evaluation = Evaluation(self._resources.device, self._resources.tile)
         partials = self._first_pass.prepare(group.call, evaluation)
         if isinstance(kernel, TiledKernel):
             self._stream_tiles(group, evaluation, partials)
-            self._stream_whole_ports(group, evaluation)
+            self._queue.put(_Item(_finished(_whole_port_chunks(group, evaluation)), _nothing))
         else:
-            self._stream_whole(group, evaluation)
+            self._queue.put(_Item(_finished(_whole_chunks(group, evaluation)), _nothing))
         self._release(evaluation)
+
+    def _stream_small(self, group: _Group, sources: Sequence[Node]) -> None:
+        """Everything about a group in one go: with thousands of small tensors, each wait would count."""
+        written = sum(placed.stop - placed.start for placed in group.outputs)
+        passing = written + sum(node.type.num_bytes for node in sources)
+        self._window.acquire(passing)
+        self._budget.acquire(passing)
+        loaded = {node: self._intake.read_whole(node) for node in sources}
+        future = self._executor.submit(_small_chunks, group, self._resources, loaded)
+        self._queue.put(_Item(future, partial(self._give_back, (), passing)))
 
     def _copy(self, group: _Group) -> None:
         """Bytes are bytes, whatever their dtype."""
@@ -161,28 +179,6 @@ class Stream:
             give_back = partial(self._give_back, reading.owned, passing)
             self._queue.put(_Item(future, give_back))
 
-    def _stream_whole_ports(self, group: _Group, evaluation: Evaluation) -> None:
-        kernel, inputs = group.call
-        assert isinstance(kernel, TiledKernel)
-        ports = kernel.whole_ports(evaluation.states.get(group.call), *(node.type for node in inputs))
-        chunks = [
-            Chunk(group.file, placed, 0, _bytes_of(ports[placed.node.port]))
-            for placed in group.outputs
-            if placed.node.port in ports
-        ]
-        self._queue.put(_Item(_finished(chunks), _nothing))
-
-    def _stream_whole(self, group: _Group, evaluation: Evaluation) -> None:
-        for placed in group.outputs:
-            data = _bytes_of(evaluation.ports[group.call][placed.node.port])
-            chunks = [
-                Chunk(group.file, placed, start, data[start : start + COPY_BYTES])
-                for start in range(0, len(data), COPY_BYTES)
-            ]
-            if placed.node.port == 0 and evaluation.errors:
-                chunks.append(Chunk(group.file, placed, len(data), data[:0], tuple(evaluation.errors)))
-            self._queue.put(_Item(_finished(chunks), _nothing))
-
 
 def _groups(file: OutputFile) -> Iterable[_Group]:
     groups: dict[Call, _Group] = {}
@@ -202,6 +198,53 @@ def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, reading: Rea
             errors = (error,) if error and placed.node.port == 0 else ()
             chunks.append(Chunk(group.file, placed, start, _bytes_of(value), errors))
     return chunks
+
+
+def _whole_port_chunks(group: _Group, evaluation: Evaluation) -> list[Chunk]:
+    kernel, inputs = group.call
+    assert isinstance(kernel, TiledKernel)
+    ports = kernel.whole_ports(evaluation.states.get(group.call), *(node.type for node in inputs))
+    return [
+        Chunk(group.file, placed, 0, _bytes_of(ports[placed.node.port]))
+        for placed in group.outputs
+        if placed.node.port in ports
+    ]
+
+
+def _whole_chunks(group: _Group, evaluation: Evaluation) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    for placed in group.outputs:
+        data = _bytes_of(evaluation.ports[group.call][placed.node.port])
+        chunks += [
+            Chunk(group.file, placed, start, data[start : start + COPY_BYTES])
+            for start in range(0, len(data), COPY_BYTES)
+        ]
+        if placed.node.port == 0 and evaluation.errors:
+            chunks.append(Chunk(group.file, placed, len(data), data[:0], tuple(evaluation.errors)))
+    return chunks
+
+
+def _small_chunks(group: _Group, resources: Resources, loaded: Mapping[Node, Tensor]) -> list[Chunk]:
+    supply = Loaded(loaded)
+    evaluation = Evaluation(resources.device, resources.tile)
+    partials = FirstPass(supply, _Inline(), 0).prepare(group.call, evaluation)
+    if not isinstance(group.call[0], TiledKernel):
+        return _whole_chunks(group, evaluation)
+    chunks: list[Chunk] = []
+    for span in evaluation.spans(group.call):
+        first = partials.get(span)
+        reading = supply.read(evaluation.needed(group.call, span))
+        chunks += _tile_chunks(group, evaluation, span, reading, first and first.result())
+    return chunks + _whole_port_chunks(group, evaluation)
+
+
+class _Inline(Executor):
+    """Runs what it is given at once, in the thread that gives it."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 def _step(node: Node) -> int:

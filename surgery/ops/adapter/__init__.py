@@ -1,0 +1,1 @@
+"""Ops on adapters: made from adapters or checkpoints, or folded into weights."""

@@ -1,0 +1,1 @@
+"""Ops on the layers of a model."""

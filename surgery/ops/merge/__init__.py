@@ -1,0 +1,1 @@
+"""Ops that merge checkpoints, and adapters that stand for one."""

@@ -16,6 +16,7 @@ LARGEST_TILE = 8 * ERROR_UNIT  # fewer, longer steps in torch: threads wait less
 VALUE_BYTES = 4  # of an element between two kernels
 RUNTIME_BYTES = 24 << 20  # queues, tables, and the code pages of kernels that importing torch does not touch
 TENSOR_BYTES = 2600  # what one output tensor takes in the plan, in the evidence and in the manifest
+FURTHER_BYTES = 1700  # what one tensor of a further model takes in the plan
 IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back
 WINDOW_BYTES = 32 << 20  # read and not yet written: more of it makes nothing faster
 WORKERS_COUNTED = 4  # by `peak_memory`; each further one adds a tile
@@ -28,6 +29,7 @@ class Cost:
     bytes_read: int
     bytes_written: int
     num_tensors: int  # in the output
+    num_further: int  # tensors of further models
     num_tile_elements: int  # of the smallest tiles that all kernels can work on
     scratch: int  # temporaries of the hungriest kernel, for each element of a tile
     largest_span: int  # temporaries of the largest span of a reduction that is not cut into tiles
@@ -42,7 +44,7 @@ class Cost:
     @property
     def fixed(self) -> int:
         """What is held from the first byte to the last."""
-        return RUNTIME_BYTES + TENSOR_BYTES * self.num_tensors
+        return RUNTIME_BYTES + TENSOR_BYTES * self.num_tensors + FURTHER_BYTES * self.num_further
 
     def memory(self, workers: int, tile: int, in_flight: int) -> int:
         """What `workers` with tiles of `tile` elements and `in_flight` bytes besides whole tensors take."""
@@ -75,13 +77,14 @@ def tile_elements(kernel: TiledKernel, inputs: Sequence[Node], wanted: int = SMA
     return max(1, wanted // align) * align
 
 
-def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int) -> Cost:
+def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_further: int) -> Cost:
     """The cost of evaluating `roots` once each."""
     groups = [_Group(call) for call in dict.fromkeys(root.call for root in roots) if not isinstance(call[0], Source)]
     return Cost(
         bytes_read=bytes_read,
         bytes_written=bytes_written,
         num_tensors=len(roots),
+        num_further=num_further,
         num_tile_elements=max((group.tile for group in groups), default=0),
         scratch=max((group.scratch for group in groups), default=0),
         largest_span=max((group.span for group in groups), default=0),

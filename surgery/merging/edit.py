@@ -268,12 +268,14 @@ class _Merging:
             raise unlike
         depth = self._depths.of(site.path)
         first = next(iter(operands.values()))
+        dtypes = {node.type.dtype for node in operands.values()}
+        own = dtypes.pop() if len(dtypes) == 1 else None
         recipe = Recipe(
             tensor=site.path,
             shape=first.type.shape,
             models=tuple(self._models),
             has_base=self._has_base,
-            compute=DType.F32 if self._op.compute_dtype == "float32" else None,
+            compute=DType.F32 if self._op.compute_dtype == "float32" else own,
             dtype=site.nodes[site.path].type.dtype,
             seed=self._scene.seed,
             numbers={name: tuple(item.at(site.path, depth) for item in items) for name, items in self._numbers.items()},

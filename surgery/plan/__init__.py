@@ -37,6 +37,7 @@ def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     finished = Finished(outputs, modules, names.architecture, models)
     layout = _layout(spec, checkpoint, outputs)
     bytes_read = sum(file.header.file_bytes for model in checkpoints.values() for file in model.files)
+    num_further = sum(len(model.tensors) for name, model in checkpoints.items() if name != SOURCE)
     bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
     tensors = _tensor_plans(spec, checkpoint, names, layout)
     kept = {tensor.origin for tensor in tensors if tensor.node.port == 0 or tensor.name == tensor.origin}
@@ -50,7 +51,7 @@ def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
         config_name=ADAPTER_CONFIG if is_adapter else CONFIG,
         side_files=checkpoint.sides.copied if is_adapter == checkpoint.is_adapter else (),
         layout=layout,
-        cost=cost_of(outputs.values(), bytes_read, bytes_written),
+        cost=cost_of(outputs.values(), bytes_read, bytes_written, num_further),
         sites=tuple((edit.op.name, edit.op.selects, count) for edit, count in matched),
         notes=tuple(note for model in checkpoints.values() for note in (*model.notes, *_notes(model))),
     )

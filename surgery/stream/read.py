@@ -24,6 +24,7 @@ FileKey = tuple[str, str]  # the model, and the file in it
 
 CATCH_UP_BYTES = 1 << 20
 SMALLEST_KEPT = 1 << 18  # smaller buffers come cheap from the allocator
+MOST_KEPT = 96 << 20  # of buffers that nobody uses: an embedding's are not worth keeping for the next one
 
 
 class BufferPool:
@@ -37,6 +38,7 @@ class BufferPool:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._free: dict[int, list[Tensor]] = {}
+        self._free_bytes = 0
         self._held_bytes = 0  # in use or kept
         self._lock = threading.Lock()
 
@@ -46,6 +48,7 @@ class BufferPool:
             return torch.empty(num_bytes, dtype=torch.uint8)
         with self._lock:
             if self._free.get(num_bytes):
+                self._free_bytes -= num_bytes
                 return self._free[num_bytes].pop()
             self._make_room(num_bytes)
             self._held_bytes += num_bytes
@@ -56,13 +59,18 @@ class BufferPool:
             while buffers and self._held_bytes + num_bytes > self._limit:
                 buffers.pop()
                 self._held_bytes -= size
+                self._free_bytes -= size
 
     def give_back(self, buffers: Iterable[Tensor]) -> None:
         """Let `buffers` be reused. The caller must hold no view of them."""
         with self._lock:
             for buffer in buffers:
-                if buffer.numel() >= SMALLEST_KEPT:
-                    self._free.setdefault(buffer.numel(), []).append(buffer)
+                size = buffer.numel()
+                if size >= SMALLEST_KEPT and self._free_bytes + size <= MOST_KEPT:
+                    self._free.setdefault(size, []).append(buffer)
+                    self._free_bytes += size
+                elif size >= SMALLEST_KEPT:
+                    self._held_bytes -= size
 
 
 class _HashedFile:

@@ -51,8 +51,8 @@ class MultiSlerp(MergeKernel):
 
     @property
     def scratch(self) -> int:
-        """The mean, the tangent and a product of whole tensors."""
-        return 16
+        """The base, one delta, the mean, and a product or the tangent, of whole tensors."""
+        return 24
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """(The scalars as of a whole tensor, the Gram matrix); either only where it may be needed."""

@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from surgery.numerics.merge.kernel import UNIT
 from surgery.numerics.merge.pieces import delta, load, pieces
 
 __all__ = ["Scales", "l1_sums", "scales"]
@@ -28,12 +29,13 @@ _TOO_SMALL = 1e-7  # an L1 norm below it is not matched
 @dataclass(frozen=True, slots=True)
 class _Sum:
     rounded: Tensor  # as mergekit sums
-    exact: float  # in float64
+    exact: float  # in float64, where the span may be one of several
 
     @classmethod
     def of(cls, x: Tensor) -> _Sum:
         """The sum of |x|, which is overwritten."""
-        return cls(x.abs_().sum(), float(x.sum(dtype=torch.float64)))
+        rounded = x.abs_().sum()
+        return cls(rounded, float(x.sum(dtype=torch.float64)) if x.numel() <= UNIT else math.nan)
 
 
 def l1_sums(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from surgery.graph import Span
 from surgery.numerics.dtypes import torch_dtype
-from surgery.numerics.merge.kernel import MergeKernel, unit_of_sums, working_dtype
+from surgery.numerics.merge.kernel import UNIT, MergeKernel, unit_of_sums, working_dtype
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -68,15 +68,15 @@ class Sce(MergeKernel):
 
     @property
     def scratch(self) -> int:
-        """The bits to be counted, or one delta's squares."""
-        return 16
+        """The bits to be counted, or the squares of all deltas."""
+        return 12 + 4 * self.num_models
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """Counts of variances, then [(mean as of a whole tensor, sum)] of each model's squares."""
         import torch
 
         from surgery.numerics.merge import selection
-        from surgery.numerics.merge.vectors import filled
+        from surgery.numerics.merge.pieces import pieces
 
         known = cast("_State | None", state) or _State()
         work = self.work(*tiles)
@@ -88,17 +88,13 @@ class Sce(MergeKernel):
 
             return selection.count(known.selection, span, (0,), variances)
         tiles = tuple(tile.cpu() for tile in tiles)
-        energies: list[tuple[Tensor, float]] = []
-        for i in range(self.num_models):
-            select = self._selector(known, work)
-
-            def squares(piece: slice, i: int = i, select: _Selector = select) -> Tensor:
-                deltas = select(self._deltas(work, piece, *tiles), span[0] + piece.start)
-                return deltas[i].square_()
-
-            whole = filled(span[1] - span[0], work, squares)
-            energies.append((whole.view(1, -1).mean(dim=1), float(whole.sum(dtype=torch.float64))))
-        return energies
+        select = self._selector(known, work)
+        wholes = [torch.empty(span[1] - span[0], dtype=work) for _ in range(self.num_models)]
+        for piece in pieces(span[1] - span[0]):
+            deltas = select(self._deltas(work, piece, *tiles), span[0] + piece.start)
+            for whole, delta in zip(wholes, deltas, strict=True):
+                torch.square(delta, out=whole[piece])
+        return [_energy(whole) for whole in wholes]
 
     def _selecting(self, known: _State) -> bool:
         return (known.selection.passes if known.selection else 0) < self._num_selecting
@@ -171,9 +167,32 @@ if TYPE_CHECKING:
 
 
 def _variance(deltas: list[Tensor]) -> Tensor:
+    """torch.var over the models, unbiased=False, in scratch: Welford's recurrence in float64, vectorised."""
     import torch
 
-    return torch.var(torch.stack(deltas), dim=0, unbiased=False)
+    from surgery.numerics.scratch import scratch
+
+    first = deltas[0]
+
+    def new(use: str) -> Tensor:
+        return scratch(use, torch.float64, first.numel(), first.device)
+
+    mean, squares = new("mean").copy_(first), new("squares").zero_()
+    for count, delta in enumerate(deltas[1:], 2):
+        x = new("x").copy_(delta)
+        off = torch.sub(x, mean, out=new("off"))
+        mean.add_(torch.div(off, count, out=new("step")))
+        squares.add_(off.mul_(x.sub_(mean)))
+    out = scratch("variance", first.dtype, first.numel(), first.device)
+    return out.copy_(squares.div_(len(deltas)))
+
+
+def _energy(squares: Tensor) -> tuple[Tensor, float]:
+    """The mean as mergekit takes it; the sum in float64, where the span may be one of several."""
+    import torch
+
+    several = squares.numel() <= UNIT
+    return squares.view(1, -1).mean(dim=1), float(squares.sum(dtype=torch.float64)) if several else math.nan
 
 
 def _mean(spans: list[tuple[Tensor, float]], num_elements: int) -> Tensor:

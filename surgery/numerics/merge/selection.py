@@ -5,7 +5,8 @@ largest value is found from counts of patterns: of all bits where a value has 16
 then of the low half where it has 32. Which of several equal values belong to the k is settled by
 the lowest index: one more pass counts them in each block, so that the main pass, which meets the
 blocks in any order, knows in which block the last one lies and how many that block still keeps.
-Counts are integers: nothing depends on how the tensor was cut.
+Counts are integers: nothing depends on how the tensor was cut. A tensor of less than one block is
+seen at once, and its values are looked at directly: tables of counts would cost more than they save.
 """
 
 from __future__ import annotations
@@ -71,9 +72,18 @@ class Selection:
         return len(self.cuts) == len(self.targets)
 
 
+@dataclass(frozen=True, slots=True)
+class _Small:
+    """All magnitudes, f32 [n], of each source of a tensor that is less than one block."""
+
+    values: list[Tensor]
+
+
 def count(selection: Selection | None, span: Span, sources: Sequence[int], magnitudes: Magnitudes) -> object:
     """What one span adds to the next state; `sources` are those with targets."""
     num_elements = span[1] - span[0]
+    if selection is None and span[0] == 0 and num_elements < BLOCK:  # no other span begins at 0
+        return _Small([_values(num_elements, source, magnitudes) for source in sources])
     if selection is None:
         return [_count_high(num_elements, source, magnitudes) for source in sources]
     if selection.is_done:
@@ -90,6 +100,10 @@ def advance(
 ) -> Selection:  # fmt: skip
     """The state after one more pass; after the first, `targets_of` is given how many nonzeros each source has."""
     if selection is None:
+        first, *others = partials
+        if isinstance(first, _Small):
+            return _after_all(dict(zip(sources, first.values, strict=True)), dtype, targets_of)
+        partials = [first, *others]
         return _after_high(dict(zip(sources, _added(partials), strict=True)), dtype, targets_of)
     if selection.is_done:
         return replace(selection, passes=selection.passes + 1)
@@ -99,7 +113,8 @@ def advance(
             for counts, found in zip(_added(partials), selection.found, strict=True)
         )
         return Selection(dtype, selection.targets, found, 2)
-    counts = [torch.cat(blocks) for blocks in zip(*partials, strict=True)]  # type: ignore[call-overload]
+    spans = [cast(list[Tensor], partial) for partial in partials]
+    counts = [torch.cat(blocks) for blocks in zip(*spans, strict=True)]
     cuts = tuple(
         _cut(_value(selection, found), found.rank, c) for found, c in zip(selection.found, counts, strict=True)
     )
@@ -210,6 +225,28 @@ def _after_high(
     targets = tuple(targets_of(nonzeros))
     found = tuple(_located(counts[source][:-1], k, 0) for source, k in targets)
     return Selection(dtype, targets, found, 1)
+
+
+def _values(num_elements: int, source: int, magnitudes: Magnitudes) -> Tensor:
+    values = [magnitudes(source, piece).to(torch.float32, copy=True) for piece in pieces(num_elements)]
+    return torch.cat(values)
+
+
+def _after_all(
+    values: Mapping[int, Tensor], dtype: torch.dtype, targets_of: Callable[[Mapping[int, int]], Sequence[Target]]
+) -> Selection:
+    targets = tuple(targets_of({source: int(x.count_nonzero()) for source, x in values.items()}))
+    cuts = tuple(_cut_of(values[source], k) for source, k in targets)
+    return Selection(dtype, targets, (), 1, cuts)
+
+
+def _cut_of(x: Tensor, k: int) -> Cut:
+    """The cut of the k largest of `x`, all of one block."""
+    value = float(x.kthvalue(x.numel() - k + 1).values)
+    if value == 0:
+        return Cut(0.0, -1, 0)
+    rank = k - int((x > value).sum())
+    return Cut(value, 1, 0) if rank == int((x == value).sum()) else Cut(value, 0, rank)
 
 
 def _located(counts: Tensor, rank: int, bits: int) -> _Found:

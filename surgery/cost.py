@@ -32,7 +32,9 @@ class Cost:
     num_further: int  # tensors of further models
     num_tile_elements: int  # of the smallest tiles that all kernels can work on
     scratch: int  # temporaries of the hungriest kernel, for each element of a tile
-    largest_span: int  # temporaries of the largest span of a reduction that is not cut into tiles
+    tile_width: int  # bytes that one element of a tile is read and written as, at most
+    largest_span: int  # temporaries of a reduction that sees its tensor at once
+    cut_span: int  # of one of the spans of fixed size that a reduction is cut into; every worker may have one
     largest_whole: int  # the largest set of tensors that are needed whole at once
     largest_input: int  # the largest input of a reduction, held between its passes if there is room
 
@@ -53,7 +55,7 @@ class Cost:
 
     def working(self, workers: int, tile: int) -> int:
         """Temporaries of all workers."""
-        return max(workers * self.tile_bytes(tile), self.largest_span)
+        return max(workers * max(self.tile_bytes(tile), self.cut_span), self.largest_span)
 
     def tile_bytes(self, tile: int) -> int:
         """A tile of at least `tile` elements with its temporaries."""
@@ -87,7 +89,9 @@ def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_fu
         num_further=num_further,
         num_tile_elements=max((group.tile for group in groups), default=0),
         scratch=max((group.scratch for group in groups), default=0),
+        tile_width=max((group.width for group in groups), default=0),
         largest_span=max((group.span for group in groups), default=0),
+        cut_span=max((group.cut_span for group in groups), default=0),
         largest_whole=max((group.whole for group in groups), default=0),
         largest_input=max((group.held for group in groups), default=0),
     )
@@ -103,7 +107,9 @@ class _Group:
         self.tile = max((tile_elements(kernel, inputs) for kernel, inputs in tiled), default=0)
         between = VALUE_BYTES * (len(tiled) - 1)  # what one kernel hands to the next
         self.scratch = max((kernel.scratch + between for kernel, _ in tiled), default=0)
-        self.span = max((_span_bytes(kernel, inputs) for kernel, inputs in tiled), default=0)
+        spans = [_span(kernel, inputs) for kernel, inputs in tiled]
+        self.span = max((num_bytes for num_bytes, is_cut in spans if not is_cut), default=0)
+        self.cut_span = max((num_bytes for num_bytes, is_cut in spans if is_cut), default=0)
         needed_whole = {
             node
             for kernel, inputs in tiled
@@ -111,15 +117,25 @@ class _Group:
             if step is None
         }
         self.whole = sum(node.type.num_bytes for node in needed_whole) + max(map(_untiled_bytes, calls), default=0)
+        domain = max((kernel.domain(*(node.type for node in inputs)) for kernel, inputs in tiled), default=0)
+        read = sum(
+            node.type.num_bytes for node in nodes if isinstance(node.kernel, Source) and node not in needed_whole
+        )
+        written = sum(type_.num_bytes for type_ in root[0].infer(*(node.type for node in root[1])))
+        self.width = -(-(read + written) // domain) if domain else 0
         reduces = any(kernel.reductions for kernel, _ in tiled)
         sources = (node for node in nodes if isinstance(node.kernel, Source))
         self.held = sum(node.type.num_bytes for node in sources) if reduces else 0
 
 
-def _span_bytes(kernel: TiledKernel, inputs: Sequence[Node]) -> int:
+def _span(kernel: TiledKernel, inputs: Sequence[Node]) -> tuple[int, bool]:
+    """Temporaries of one span of a reduction whose spans are fixed, and whether there are several."""
     types = [node.type for node in inputs]
     unit = kernel.unit(*types) if kernel.reductions else None
-    return min(unit, kernel.domain(*types)) * (kernel.scratch + 8) if unit else 0
+    if not unit:
+        return 0, False
+    domain = kernel.domain(*types)
+    return min(unit, domain) * (kernel.scratch + 2 * VALUE_BYTES), unit < domain
 
 
 def _untiled_bytes(call: Call) -> int:

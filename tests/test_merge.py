@@ -127,7 +127,6 @@ def merge(paths: dict[str, Path], method: str, out: Path, **options: Any) -> dic
         names = {"source" if name == "a" else name: numbers for name, numbers in each.items()}
         paths = {**paths, "base": paths["a"]}
     listed: Any = names if any(names.values()) else list(names)
-    shared = {key.removeprefix("nuslerp_"): value for key, value in shared.items()}
     edit = {"op": f"merge.{word}", "models": listed, **shared, **options}
     others = {name: str(paths[name]) for name in names if name != "source"}
     spec = {"version": 1, "source": str(paths["base"]), "models": others, "edits": [edit]}

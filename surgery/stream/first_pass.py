@@ -19,7 +19,6 @@ __all__ = ["FirstPass", "Partials"]
 
 T = TypeVar("T")
 Partials = dict[Span, Future[object]]  # what the last reduction gave for the tiles of the main pass
-HELD_SHARE = 1 / 3  # of the budget: what fits is kept between the passes, so that it is read once
 
 
 class FirstPass:
@@ -53,7 +52,7 @@ class FirstPass:
         if not any(isinstance(kernel, TiledKernel) and kernel.reductions for kernel, _ in calls):
             return False
         sources = list(dict.fromkeys(held_sources(calls)))
-        if sum(node.type.num_bytes for node in sources) > self._intake.room * HELD_SHARE:
+        if sum(node.type.num_bytes for node in sources) > self._intake.room:
             return False
         self._intake.hold(sources)
         return True

@@ -6,7 +6,7 @@ looked at again by those after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -19,6 +19,9 @@ from surgery.stream.evaluate import Need
 from surgery.stream.read import BufferPool, SourceReader
 
 __all__ = ["Intake", "Loaded", "Reading", "Supply", "num_bytes_of"]
+
+
+HELD_SHARE = 1 / 3  # of the budget: what fits is kept between the passes, so that it is read once
 
 
 @dataclass(slots=True)
@@ -52,7 +55,7 @@ class Supply(Protocol):
 
     @property
     def room(self) -> int:
-        """Bytes in all."""
+        """Bytes that may be held."""
         ...
 
     def charge(self, num_bytes: int) -> None:
@@ -117,11 +120,12 @@ class Intake:
         self._reader = reader
         self._pool = pool
         self._held: dict[Node, _Held] = {}
+        self._holding = Budget(int(budget.total * HELD_SHARE))
 
     @property
     def room(self) -> int:
-        """Bytes of the budget."""
-        return self.budget.total
+        """Bytes that may be held."""
+        return self._holding.total
 
     def charge(self, num_bytes: int) -> None:
         """Wait until the budget has room."""
@@ -134,13 +138,26 @@ class Intake:
     def hold(self, nodes: Iterable[Node]) -> None:
         """Make room for source tensors that are to be read only once, until `let_go`."""
         for node in nodes:
+            self._holding.acquire(node.type.num_bytes)
             self.budget.acquire(node.type.num_bytes)
             self._held[node] = _Held(self._pool.take(node.type.num_bytes))
 
-    def let_go(self) -> list[Tensor]:
-        """Forget what is held; its buffers are given back by the caller, when no tile looks at them any more."""
+    def let_go(self) -> Callable[[], None]:
+        """Forget what is held. Call what is returned when no tile looks at it any more."""
         held, self._held = self._held, {}
-        return [entry.buffer for entry in held.values()]
+        buffers = [entry.buffer for entry in held.values()]
+
+        def give_back() -> None:
+            num_bytes = sum(buffer.numel() for buffer in buffers)
+            self._holding.release(num_bytes)
+            self.give_back(buffers, num_bytes)
+
+        return give_back
+
+    def stop(self) -> None:
+        """Let nobody wait for room any more."""
+        self._holding.stop()
+        self.budget.stop()
 
     def unheld(self, needs: Iterable[Need]) -> int:
         """Bytes that reading `needs` takes of the budget."""

@@ -24,7 +24,7 @@ FileKey = tuple[str, str]  # the model, and the file in it
 
 CATCH_UP_BYTES = 1 << 20
 SMALLEST_KEPT = 1 << 18  # smaller buffers come cheap from the allocator
-MOST_KEPT = 96 << 20  # of buffers that nobody uses: an embedding's are not worth keeping for the next one
+MOST_KEPT = 48 << 20  # of buffers that nobody uses: an embedding's are not worth keeping for the next one
 
 
 class BufferPool:

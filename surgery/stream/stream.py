@@ -91,7 +91,7 @@ class Stream:
                 yield from item.future.result()
                 item.done()
         finally:
-            self._budget.stop()
+            self._intake.stop()
             self._window.stop()
             self._executor.shutdown(wait=True, cancel_futures=True)
             producer.join()
@@ -160,10 +160,13 @@ class Stream:
 
     def _release(self, evaluation: Evaluation) -> None:
         """Give the memory of what was held and whole back once everything before this point is written."""
-        held = self._intake.let_go()
-        num_bytes = evaluation.charged + sum(buffer.numel() for buffer in held)
-        if num_bytes:
-            self._queue.put(_Item(_finished([]), partial(self._intake.give_back, held, num_bytes)))
+        give_back = self._intake.let_go()
+
+        def release() -> None:
+            give_back()
+            self._intake.release(evaluation.charged)
+
+        self._queue.put(_Item(_finished([]), release))
 
     def _stream_tiles(self, group: _Group, evaluation: Evaluation, partials: Partials) -> None:
         call = group.call

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["WeightWriter"]
 
 READ_BACK_BYTES = 1 << 20
-WRITE_BEHIND_BYTES = 32 << 20
+WRITE_BEHIND_BYTES = 4 << 20
+WRITTEN_BEHIND = 4  # times as much is looked at again, to drop what has reached the disk by then
 
 
 @dataclass(slots=True)
@@ -65,9 +66,10 @@ class WeightWriter:
             data, position = data[count:], position + count
             self._unsynced += count
         if self._unsynced > WRITE_BEHIND_BYTES:
-            # On Linux this starts writing dirty pages back, without waiting: the sync at the end finds little to do.
-            start = max(0, position - WRITE_BEHIND_BYTES)
-            os.posix_fadvise(self._fd, start, WRITE_BEHIND_BYTES, os.POSIX_FADV_DONTNEED)
+            # On Linux this starts writing dirty pages back, without waiting, so that the sync at the end finds little
+            # to do, and drops clean ones: memory that the next pages can have is cheaper than fresh memory.
+            start = max(0, position - WRITTEN_BEHIND * WRITE_BEHIND_BYTES)
+            os.posix_fadvise(self._fd, start, position - start, os.POSIX_FADV_DONTNEED)
             self._unsynced = 0
 
     def finish(self) -> FileRecord:

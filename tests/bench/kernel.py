@@ -103,10 +103,11 @@ def _as_converted(w: Tensor) -> Quantized:
     from surgery.types import TensorType
 
     kernel, type_ = Quantize4bit("nf4", BLOCK_SIZE, True), TensorType(dtype_of(w.dtype), tuple(w.shape))
-    offset = cast("Tensor", kernel.combine(map(kernel.partial, _tiles(w)), type_))
+    partials = [kernel.partial(None, span, tile) for span, tile in zip(_spans(w), _tiles(w), strict=True)]
+    offset = cast("Tensor", kernel.combine(None, partials, type_))
     pieces = []
-    for tile in _tiles(w):
-        ports = kernel.tile(offset, None, tile.numel(), tile)
+    for span, tile in zip(_spans(w), _tiles(w), strict=True):
+        ports = kernel.tile(offset, None, span, tile)
         rounding_error(tile, kernel.restore(offset, tile.numel(), ports, type_))
         pieces.append(ports[:3])
     packed, codes, scales = zip(*pieces, strict=True)
@@ -114,7 +115,14 @@ def _as_converted(w: Tensor) -> Quantized:
 
 
 def _tiles(w: Tensor) -> Iterator[Tensor]:
+    for start, stop in _spans(w):
+        yield w.view(-1)[start:stop]
+
+
+def _spans(w: Tensor) -> Iterator[tuple[int, int]]:
     from surgery.cost import LARGEST_TILE, tile_elements
     from surgery.formats.bitsandbytes.quantize import Quantize4bit
 
-    yield from w.view(-1).split(tile_elements(Quantize4bit("nf4", BLOCK_SIZE, True), (), LARGEST_TILE))
+    step = tile_elements(Quantize4bit("nf4", BLOCK_SIZE, True), (), LARGEST_TILE)
+    for start in range(0, w.numel(), step):
+        yield start, min(start + step, w.numel())

@@ -1,12 +1,15 @@
-"""What people do without us: `python -m tests.bench.peer SOURCE OUT`, transformers with bitsandbytes."""
+"""What people do without us, with transformers: `python -m tests.bench.peer nf4|fold SOURCE [ADAPTER] OUT`."""
 
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 
-def main(source: str, out: str) -> None:
+def nf4(source: str, out: str) -> None:
+    """bitsandbytes, while the weights are loaded."""
+    from transformers import BitsAndBytesConfig
+
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -17,5 +20,13 @@ def main(source: str, out: str) -> None:
     model.save_pretrained(out)
 
 
+def fold(source: str, adapter: str, out: str) -> None:
+    """PEFT's merge_and_unload."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    {"nf4": nf4, "fold": fold}[sys.argv[1]](*sys.argv[2:])

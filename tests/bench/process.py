@@ -25,9 +25,9 @@ class Usage:
     peak_anonymous_bytes: int  # sampled: without mapped files, which can be dropped under pressure
 
 
-def run(*arguments: str, prefix: Sequence[str] = ()) -> Usage:
-    """Run this Python with `arguments` to its end. Its output is shown only if it fails."""
-    command = [*prefix, sys.executable, *arguments]
+def run(*arguments: str, python: str = sys.executable, prefix: Sequence[str] = ()) -> Usage:
+    """Run `python` with `arguments` to its end. Its output is shown only if it fails."""
+    command = [*prefix, python, *arguments]
     os.sync()  # else one run's written pages are another's waiting
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -69,9 +69,9 @@ def _anonymous_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
-def import_footprint(statement: str) -> Usage:
+def import_footprint(statement: str, python: str = sys.executable) -> Usage:
     """What a process takes that runs `statement` and nothing else."""
-    return run("-c", statement)
+    return run("-c", statement, python=python)
 
 
 def warm(directory: Path) -> None:

@@ -47,8 +47,8 @@ class Slerp(MergeKernel):
 
     @property
     def scratch(self) -> int:
-        """The chunks in float32, and their products."""
-        return 16
+        """The chunks in float32, what they are divided by, and their products."""
+        return 24
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """The norms of one chunk, or its dot product, f32 [1, 1]."""

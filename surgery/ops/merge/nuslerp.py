@@ -27,8 +27,13 @@ class MergeNuSlerp(Merge):
     num_models: ClassVar[int] = 2
 
     models: object = field(metadata=models_field(least=2, most=2, weight=None))
-    flatten: bool = field(default=True, metadata=doc("A tensor is one vector; else each row is one."))
-    row_wise: bool = field(default=False, metadata=doc("Without `flatten`: vectors run along the first dimension."))
+    flatten: bool = field(
+        default=True, metadata=doc("A tensor is one vector; else each row is one.", key="nuslerp_flatten")
+    )
+    row_wise: bool = field(
+        default=False,
+        metadata=doc("Without `nuslerp_flatten`: vectors run along the first dimension.", key="nuslerp_row_wise"),
+    )
 
     def kernel(self, recipe: Recipe) -> Kernel:
         """The base, if there is one, then the two models."""

@@ -85,6 +85,8 @@ def apply(
     """
     from surgery.write import write_output
 
+    if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"a Plan is applied, not a {type(plan).__name__}: surgery.apply(surgery.plan(spec), out)")
     return write_output(
         plan,
         Path(out),

@@ -95,6 +95,7 @@ def _model(name: str, checkpoint: Checkpoint, hashes: Mapping[tuple[str, str], s
     files = [
         {"name": file.name, "bytes": file.header.file_bytes, "sha256": hashes[name, file.name]}
         for file in checkpoint.files
+        if (name, file.name) in hashes  # of a model whose config alone was read there is none
     ]
     return {"identity": checkpoint.identity, "files": files}
 

@@ -89,9 +89,28 @@ def _data_bytes(file: str, manifest: Manifest) -> int:
     return max(stops, default=0)
 
 
+def _unlike_sources(first: Manifest, second: Manifest) -> Iterator[Problem]:
+    """The identity of a local checkpoint is that of its headers; here all its bytes are known."""
+    before, after = (
+        {"source": item.content["source"], **cast("dict[str, object]", item.content.get("models", {}))}
+        for item in (first, second)
+    )
+    for name, model in before.items():
+        hashes, others = (
+            {str(file["name"]): file["sha256"] for file in cast("dict[str, list[dict[str, object]]]", entry)["files"]}
+            for entry in (model, after[name])
+        )
+        unlike = [file for file in hashes if hashes[file] != others.get(file)]
+        if unlike:
+            what = f"`{name}` is not what the output was made from: `{unlike[0]}` differs"
+            yield Problem(what, fix="give the checkpoint of that run, unchanged")
+
+
 def compare_manifests(first: Manifest, second: Manifest) -> None:
-    """Raises VerifyError naming what a second run made differently."""
-    problems: list[Problem] = []
+    """Raises VerifyError naming what a second run was made from, or made, differently."""
+    problems = list(_unlike_sources(first, second))
+    if problems:
+        raise VerifyError(*problems)
     for name, entry in first.tensors.items():
         other = second.tensors.get(name, cast(Mapping[str, object], {}))
         if other.get("sha256") != entry["sha256"]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from surgery.checkpoint.modules import Module
-from surgery.graph import bits_per_element
+from surgery.graph import Source, bits_per_element
 from surgery.inspection import Inspection
 from surgery.manifest import Manifest
 from surgery.plan import Plan, TensorPlan
@@ -55,7 +55,7 @@ def _rows(plan: Plan, mark: str) -> Iterator[Row]:
         if mark == "~" and tensor.action == "change" and not is_part:
             yield "~", _site_name(tensor), _change(plan, tensor)
         elif mark == "+" and tensor.action == "add" and not is_part:
-            yield "+", tensor.name, str(tensor.node.type)
+            yield "+", tensor.name, f"{tensor.node.type}{_from(tensor)}"
         elif mark == "→" and tensor.action == "rename":
             yield "→", f"{tensor.origin} → {tensor.name}", str(tensor.node.type)
     for name, type_ in plan.dropped.items():
@@ -71,11 +71,18 @@ def _site_name(tensor: TensorPlan) -> str:
 def _change(plan: Plan, tensor: TensorPlan) -> str:
     before = plan.checkpoint.tensors[tensor.origin].type
     label = tensor.node.kernel.label
-    if not label and before == tensor.node.type:
-        return f"{before}  {', '.join(tensor.ops)}"
-    if not label:
-        return f"{before} → {tensor.node.type}"
-    return f"{before} → {label} ({bits_per_element(tensor.node):.3f} bits)"
+    if label:
+        earlier = f"  after {', '.join(tensor.ops[:-1])}" if len(tensor.ops) > 1 else ""
+        return f"{before} → {label} ({bits_per_element(tensor.node):.3f} bits){earlier}"
+    if before == tensor.node.type:
+        return f"{before}{_from(tensor) or '  ' + ', '.join(tensor.ops)}"
+    return f"{before} → {tensor.node.type}{_from(tensor)}"
+
+
+def _from(tensor: TensorPlan) -> str:
+    """Of which further model a tensor is a copy."""
+    kernel = tensor.node.kernel
+    return f" ← {kernel.model}" if isinstance(kernel, Source) else ""
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -98,7 +105,7 @@ def fold(names: Sequence[str]) -> str:
     columns = list(zip(*(NUMBER.findall(name) for name in names), strict=True))
     result = names[0]
     for match, column in reversed(list(zip(NUMBER.finditer(names[0]), columns, strict=True))):
-        numbers = sorted(set(map(int, column)))
+        numbers = list(dict.fromkeys(map(int, column)))
         if len(numbers) > 1:
             result = f"{result[: match.start()]}{{{_ranges(numbers)}}}{result[match.end() :]}"
     return result

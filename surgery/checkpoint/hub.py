@@ -32,6 +32,8 @@ def locate(source: str) -> Location:
         return _cached(path) or Location(path)
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         fix = "give a directory, a .safetensors file, or a Hub id as org/name[@revision]"
+        if not path.is_absolute():
+            fix += f"; a relative path starts where you are, in {Path.cwd()}"
         raise CheckpointError(Problem("does not exist", source, fix))
     return _fetch(source)
 

@@ -61,7 +61,7 @@ class _Translation:
                 self.config.note(f"config and tokenizer are those of the first slice's model, not of `{base}`")
             return inputs[0].model
         if base:
-            if base.lora:
+            if base.lora and inputs != [base]:
                 fix = "merge that LoRA into its base first: a config with `merge_method: passthrough`"
                 self.config.report("a LoRA in `base_model` is not translated", ("base_model",), fix)
             return base.model
@@ -167,7 +167,8 @@ class _Translation:
         inputs = self._inputs()
         if len(inputs) != 1:
             fix = "merge with another method, or choose layers with `slices`"
-            self.config.report(f"`passthrough` passes one model through; {len(inputs)} are given", ("models",), fix)
+            what = f"`passthrough` passes one model through; {len(inputs)} are given, a `base_model` among them"
+            self.config.report(what if self.config.base else what.partition(",")[0], ("models",), fix)
             return []
         (scale,) = self.method.parameters
         (item,) = inputs

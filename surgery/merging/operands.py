@@ -115,14 +115,18 @@ def unused_tensors(model: Model, scene: Scene) -> OpError | None:
     extra = [name for name in model.nodes if name not in scene.names]
     if not extra:
         return None
-    common = [name for name in model.nodes if name in scene.names]
-    if not common:
-        what = f"`{model.name}` has no tensor of the source: `{extra[0]}` there, `{next(iter(scene.names))}` here"
+    common = len(model.nodes) - len(extra)
+    mine, theirs = scene.config.get("model_type"), model.config.get("model_type")
+    if not common or mine != theirs:
+        kinds = f": a {theirs!r}, where the source is a {mine!r}" if mine != theirs else ""
+        what = f"`{model.name}` shares {common} of its {len(model.nodes)} tensors' names with the source{kinds}"
+        what += f" (`{extra[0]}` there, `{next(iter(scene.names))}` here)"
         return OpError(Problem(what, fix="merge models of one architecture"))
     heads = [name for name in extra if module_of(name) in model.architecture.heads]
-    tying = ""
-    if heads and scene.architecture.is_tied(scene.config):
-        tying = ": the source ties its output head to the embedding, this model does not"
-    what = f"`{model.name}` has {len(extra)} tensors that the source lacks{tying}: {', '.join(extra[:3])}"
+    if heads == extra and scene.architecture.is_tied(scene.config):
+        what = f"the source ties its output head to the embedding, `{model.name}` does not: {', '.join(extra)}"
+        fix = "write `unused: ignore` to leave that head out"
+        return OpError(Problem(what, fix=f"{fix}, or make the other model the source"))
+    what = f"`{model.name}` has {len(extra)} tensors that the source lacks: {', '.join(extra[:3])}"
     fix = "write `unused: ignore` to leave them out, or name the tensors to be merged with `tensors`"
     return OpError(Problem(what, fix=fix))

@@ -6,6 +6,7 @@ what lies outside of the layers (embeddings, final norm, head) takes the first v
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from surgery.errors import OpError, Problem
 __all__ = ["SCHEDULE_SCHEMA", "Depths", "Schedule"]
 
 LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<index>\d+)\..*")
+
+RANGES = {"density": (0.0, 1.0), "gamma": (0.0, 1.0), "epsilon": (0.0, 1.0), "select_topk": (0.0, 1.0)}
 
 _NUMBERS: dict[str, object] = {"type": "array", "items": {"type": "number"}, "minItems": 1}
 SCHEDULE_SCHEMA: dict[str, object] = {
@@ -57,7 +60,18 @@ class Schedule:
 
     @classmethod
     def parse(cls, label: str, value: object, default: float | None = None) -> Schedule:
-        """From the value in the spec; None is the default. Raises OpError for what is no regex."""
+        """From the value in the spec; None is the default. Raises OpError for what is no regex, or no number."""
+        found = cls._parse(label, value, default)
+        least, most = RANGES.get(label.rpartition(".")[2], (-math.inf, math.inf))
+        for _, numbers in found.rules:
+            for number in numbers:
+                if not math.isfinite(number) or not least <= number <= most:
+                    wanted = f"from {least:g} to {most:g}" if math.isfinite(most) else "finite"
+                    raise OpError(Problem(f"`{label}` is {number}", fix=f"give a number that is {wanted}"))
+        return found
+
+    @classmethod
+    def _parse(cls, label: str, value: object, default: float | None) -> Schedule:
         if value is None:
             return cls(label, default, [])
         if not isinstance(value, Mapping):

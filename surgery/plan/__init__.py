@@ -36,7 +36,8 @@ def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     _check_quantized_parts(modules)
     finished = Finished(outputs, modules, names.architecture, models)
     layout = _layout(spec, checkpoint, outputs)
-    bytes_read = sum(file.header.file_bytes for model in checkpoints.values() for file in model.files)
+    used = {node.kernel.model for node in toposort(outputs.values()) if isinstance(node.kernel, Source)} | {SOURCE}
+    bytes_read = sum(file.header.file_bytes for name in used for file in checkpoints[name].files)
     num_further = sum(len(model.tensors) for name, model in checkpoints.items() if name != SOURCE)
     bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
     tensors = _tensor_plans(spec, checkpoint, names, layout)
@@ -45,6 +46,7 @@ def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     return Plan(
         spec=spec,
         checkpoints=checkpoints,
+        streamed=tuple(name for name in checkpoints if name in used),
         tensors=tensors,
         dropped={name: entry.type for name, entry in checkpoint.tensors.items() if name not in kept},
         config=_config(spec, checkpoint, finished, is_adapter=is_adapter),
@@ -142,7 +144,7 @@ def _tensor_plans(spec: Spec, checkpoint: Checkpoint, names: Names, layout: Layo
 
 
 def _action(name: str, node: Node, origin: str, checkpoint: Checkpoint, names: Names) -> Action:
-    if isinstance(node.kernel, Source):
+    if isinstance(node.kernel, Source) and node.kernel.model == SOURCE:
         return "copy" if origin == name else "rename"
     moved = node.port == 0 and origin not in names.entries
     return "change" if name in checkpoint.tensors or moved else "add"

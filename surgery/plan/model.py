@@ -42,6 +42,7 @@ class Plan:
 
     spec: Spec
     checkpoints: Mapping[str, Checkpoint]  # the source and the further models, by name
+    streamed: tuple[str, ...]  # of the models, those that weights are read of
     tensors: tuple[TensorPlan, ...]
     dropped: Mapping[str, TensorType]  # source tensors that no output is, or is in the first place made from
     config: bytes | None  # None where the source has none
@@ -83,7 +84,10 @@ class Plan:
             "digest": self.digest,
             "source": self.checkpoint.identity,
             "models": {name: self.checkpoints[name].identity for name in self.spec.models},
-            "edits": [{"op": op, "selects": kind, "matches": count} for op, kind, count in self.sites],
+            "edits": [
+                {"op": op, "selects": kind, "matches": count, "options": options}
+                for (op, kind, count), options in zip(self.sites, self.spec.options, strict=True)
+            ],
             "tensors": [_tensor_json(tensor) for tensor in self.tensors],
             "dropped": [{"name": name, "type": str(type_)} for name, type_ in self.dropped.items()],
             "files": [
@@ -121,6 +125,7 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, object]:
         "data_offsets": [tensor.start, tensor.stop],
         "sources": list(tensor.sources),
         "ops": list(tensor.ops),
+        **({} if isinstance(tensor.node.kernel, Source) else {"kernel": repr(tensor.node.kernel)}),
     }
 
 

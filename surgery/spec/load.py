@@ -53,6 +53,9 @@ class _Loader:
         self.problems: list[Problem] = []
 
     def load(self) -> Spec:
+        if "merge_method" in _map(self.document.data):
+            fix = f"`surgery import-mergekit {self.document.file}` turns it into one"
+            raise SpecError(Problem("is a configuration of mergekit, no spec", self.document.file, fix))
         data = substitute(self.parameters, self.document.data)
         self.problems += self.parameters.problems
         self._check(data, frame_schema(), ())
@@ -114,10 +117,10 @@ class _Loader:
 
     def _report_unknown_op(self, name: object, keys: Keys) -> None:
         if name is None:
-            self._report("`op` is missing", keys, f"one of {', '.join(op_names())}")
+            self._report("`op` is missing", keys, "add `op: family.name`; `surgery ops` lists them")
             return
         near = difflib.get_close_matches(str(name), op_names(), 1, 0.5)
-        fix = f"did you mean `{near[0]}`?" if near else f"`surgery ops` lists them: {', '.join(op_names())}"
+        fix = f"did you mean `{near[0]}`?" if near else "`surgery ops` lists them"
         self._report(f"there is no op `{name}`", (*keys, "op"), fix)
 
     def _patterns(self, fields: Mapping[str, object], op: type[Op], keys: Keys) -> Patterns | None:

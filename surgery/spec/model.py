@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from surgery.op import Op
 from surgery.spec.document import Document
@@ -53,3 +54,10 @@ class Spec:
     seed: int
     resolved: Mapping[str, object]
     document: Document
+
+    @property
+    def options(self) -> list[Mapping[str, object]]:
+        """What each edit says beside its op and its selection, as plain data."""
+        left = ("op", "modules", "tensors", "except", "expect")
+        edits = cast("list[Mapping[str, object]]", self.resolved["edits"])
+        return [{key: value for key, value in edit.items() if key not in left} for edit in edits]

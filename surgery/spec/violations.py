@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -25,7 +25,7 @@ class Violation:
 
     what: str
     fix: str = ""
-    below: tuple[str, ...] = ()
+    below: tuple[str | int, ...] = ()
 
 
 def explain(error: ValidationError) -> Iterator[Violation]:
@@ -43,12 +43,43 @@ def explain(error: ValidationError) -> Iterator[Violation]:
         yield Violation(f"{value!r} is {given}, not {_type_names(allowed)}")
     elif error.validator == "const":
         yield Violation(f"{value!r} is not {allowed!r}", f"write {allowed}")
+    elif error.validator == "anyOf" and (nearest := _nearest_choice(error)):
+        for nested in nearest:
+            path = tuple(cast("Iterable[str | int]", nested.relative_path))
+            yield from (Violation(each.what, each.fix, (*path, *each.below)) for each in explain(nested))
+    elif error.validator == "anyOf" and _is_filtered(value):
+        yield Violation("is mergekit's list of filters", "write a map: {'.*self_attn.*': 0.3, '.*': 0.5}")
     elif error.validator == "anyOf":
         yield Violation(f"{value!r} does not fit here", str(cast(Mapping[str, object], error.schema)["description"]))
+    elif error.validator in ("maxProperties", "maxItems", "minProperties"):
+        bound = "at least" if error.validator == "minProperties" else "at most"
+        yield Violation(f"holds {len(cast('list[object]', value))}; it takes {bound} {allowed}")
     elif error.validator in ("minLength", "minItems"):
         yield Violation("is empty", "give a value, or leave the key out")
     else:
         yield Violation(str(error.message))
+
+
+def _nearest_choice(error: ValidationError) -> list[ValidationError]:
+    """The errors of the one choice that is a map or list as the value is; none where there is no such choice."""
+    value = cast(object, error.instance)
+    if not isinstance(value, dict | list) or _is_filtered(cast(object, value)):
+        return []
+    choices: dict[object, list[ValidationError]] = {}
+    for nested in error.context or []:
+        choices.setdefault(nested.schema_path[0], []).append(nested)
+    fitting = [
+        errors
+        for errors in choices.values()
+        if not any(not item.relative_path and item.validator == "type" for item in errors)
+    ]
+    return fitting[0] if len(fitting) == 1 else []
+
+
+def _is_filtered(value: object) -> bool:
+    """Whether it is what mergekit writes for values by name: [{filter: mlp, value: 0.5}, ...]."""
+    items = cast("list[object]", value) if isinstance(value, list) else []
+    return any(isinstance(item, dict) and "value" in item for item in items)
 
 
 def _unknown_keys(value: Mapping[str, object], schema: Mapping[str, object]) -> Iterator[Violation]:

@@ -68,7 +68,7 @@ class Stream:
         self._budget = Budget(resources.in_flight(plan.cost))
         self._window = Budget(resources.window(plan.cost))
         pool = BufferPool(self._budget.total)
-        self._reader = SourceReader(plan.checkpoints)
+        self._reader = SourceReader({name: plan.checkpoints[name] for name in plan.streamed})
         self._intake = Intake(self._reader, pool, self._budget)
         self._queue: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(

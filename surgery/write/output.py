@@ -117,8 +117,8 @@ def _run_identity(plan: Plan) -> str:
     """What a run to be resumed must have in common with this one: the plan, and the state of the source."""
     state = [
         [name, file.name, file.header.file_bytes, file.mtime_ns]
-        for name, checkpoint in plan.checkpoints.items()
-        for file in checkpoint.files
+        for name in plan.streamed
+        for file in plan.checkpoints[name].files
     ]
     return f"{plan.digest} {version('model-surgery')} {json.dumps(state)}"
 

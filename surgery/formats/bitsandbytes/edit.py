@@ -13,7 +13,7 @@ from surgery.formats.bitsandbytes.quantize import Quantize4bit
 from surgery.formats.bitsandbytes.record import QuantRecord
 from surgery.graph import Node
 from surgery.numerics.transpose import Transpose
-from surgery.op import Rewrite, Site
+from surgery.op import SOURCE, Rewrite, Site
 
 if TYPE_CHECKING:
     from surgery.types import DType
@@ -52,6 +52,7 @@ def _dtype_fix(site: Site, weight: Node) -> str:
 
 def _refuse_what_will_not_load(site: Site) -> None:
     for refusal in (
+        _adapter,
         _other_method,
         _quantized_already,
         _expert,
@@ -63,6 +64,12 @@ def _refuse_what_will_not_load(site: Site) -> None:
         refused = refusal(site)
         if refused:
             raise refused
+
+
+def _adapter(site: Site) -> OpError | None:
+    fix = "quantize its base, or fold it first: `adapter.fold` and this op in one spec"
+    is_adapter = site.scene.models[SOURCE].checkpoint.is_adapter
+    return site.refuse("belongs to an adapter, which no loader reads in 4 bits", fix) if is_adapter else None
 
 
 def _other_method(site: Site) -> OpError | None:

@@ -96,6 +96,9 @@ class Fold(Op):
 
     def rewrite_all(self, scene: Scene) -> Rewrite:
         """Every tensor that one of the adapters changes."""
+        if scene.models[SOURCE].checkpoint.is_adapter:
+            fix = "give the base as the source; `adapter.combine` makes one adapter of several"
+            raise OpError(Problem("the source is an adapter, not a checkpoint", fix=fix))
         weights = Floats.of(scene)
         nodes = dict(weights.nodes)
         for name, weight in self._weights().items():

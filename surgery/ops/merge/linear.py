@@ -30,4 +30,7 @@ class MergeLinear(Merge):
         """The average."""
         from surgery.numerics.merge.linear import Linear
 
-        return Linear(recipe.compute, recipe.dtype, recipe.numbers["weight"], self.normalize)
+        weights = recipe.numbers["weight"]
+        if self.normalize and sum(weights) == 0:
+            raise ValueError("the weights add up to 0, by which nothing can be divided; `normalize: false` does not")
+        return Linear(recipe.compute, recipe.dtype, weights, self.normalize)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import lcm
 
 from surgery.graph import ERROR_UNIT, Kernel, Node, Source, TiledKernel, toposort
 
@@ -41,7 +40,7 @@ class Cost:
     @property
     def min_memory(self) -> int:
         """The smallest memory with which one worker can apply the plan."""
-        return self.memory(1, self.num_tile_elements, self.tile_bytes(self.num_tile_elements))
+        return self.memory(1, self.num_tile_elements, self.passing(self.num_tile_elements))
 
     @property
     def fixed(self) -> int:
@@ -61,6 +60,10 @@ class Cost:
         """A tile of at least `tile` elements with its temporaries."""
         return max(tile, self.num_tile_elements) * self.scratch
 
+    def passing(self, tile: int) -> int:
+        """In flight, at least: a tile as it is read and written."""
+        return max(tile, self.num_tile_elements) * max(self.scratch, self.tile_width)
+
     @property
     def peak_memory(self) -> int:
         """What `apply` uses beyond its imports, at most, with the default memory."""
@@ -74,9 +77,9 @@ Call = tuple[Kernel, tuple[Node, ...]]
 
 def tile_elements(kernel: TiledKernel, inputs: Sequence[Node], wanted: int = SMALLEST_TILE) -> int:
     """Elements of the domain in one tile of `kernel(*inputs)`: `wanted`, as near as its blocks allow."""
-    del inputs
-    align = lcm(ERROR_UNIT, kernel.align)
-    return max(1, wanted // align) * align
+    types = [node.type for node in inputs]
+    whole = -(-kernel.domain(*types) // kernel.align) * kernel.align
+    return min(max(1, wanted // kernel.tile_align) * kernel.tile_align, max(whole, kernel.align))
 
 
 def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_further: int) -> Cost:

@@ -20,6 +20,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING
 
 from surgery.types import TensorType
@@ -119,6 +120,11 @@ class TiledKernel(Kernel):
     def align(self) -> int:
         """A tile starts at a multiple of this many domain elements."""
         return 1
+
+    @property
+    def tile_align(self) -> int:
+        """A tile of the main pass is a multiple of this: of whole units of error, unless that would make it huge."""
+        return lcm(ERROR_UNIT, self.align)
 
     @property
     def reductions(self) -> int:

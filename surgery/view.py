@@ -105,7 +105,7 @@ def fold(names: Sequence[str]) -> str:
     columns = list(zip(*(NUMBER.findall(name) for name in names), strict=True))
     result = names[0]
     for match, column in reversed(list(zip(NUMBER.finditer(names[0]), columns, strict=True))):
-        numbers = list(dict.fromkeys(map(int, column)))
+        numbers = sorted(set(map(int, column)))
         if len(numbers) > 1:
             result = f"{result[: match.start()]}{{{_ranges(numbers)}}}{result[match.end() :]}"
     return result

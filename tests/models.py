@@ -1,7 +1,8 @@
 """Small checkpoints with random weights, saved by transformers itself, so that names on disk are real."""
 
 import importlib.util
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -197,6 +198,41 @@ def handwritten(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """A lone safetensors file, without any config."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path)
+    return path
+
+
+def tuned(path: Path, base: Path, *, seed: int = 1) -> Path:
+    """The checkpoint `base` with a little noise on every weight: what fine-tuning makes of it."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy = {
+        name: (w.float() + 0.02 * torch.randn(w.shape, generator=generator)).to(w.dtype)
+        for name, w in read(base).items()
+    }
+    path.mkdir(parents=True)
+    save_file(noisy, path / "model.safetensors", {"format": "pt"})
+    if (base / "config.json").exists():
+        (path / "config.json").write_bytes((base / "config.json").read_bytes())
+    return path
+
+
+def lora(
+    path: Path, base: Path, *, targets: Sequence[str] = ("q_proj", "down_proj"), rank: int = 4, seed: int = 0
+) -> Path:
+    """A LoRA for the Linears of `base` whose paths end like one of `targets`, as PEFT saves it, written by hand."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, w in read(base).items():
+        module = name.removesuffix(".weight")
+        if w.dim() == 2 and module.endswith(tuple(targets)):
+            a = torch.randn(rank, w.shape[1], generator=generator) * 0.1
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = (
+                torch.randn(w.shape[0], rank, generator=generator) * 0.1
+            )
+    path.mkdir(parents=True)
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets)}
+    (path / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "bias": "none"}))
     return path
 
 

@@ -248,7 +248,36 @@ def test_what_was_written_in_parts_is_the_same_when_it_is_read_as_a_source(
 
 # Devices
 
-EDITS_OF_EVERY_OP = {
+FINE = {"source": {"weight": 0.2}, "a": {"weight": 0.7}, "b": {"weight": [0.1, 0.9]}}
+TUNED = {"a": {"weight": 0.7}, "b": {"weight": [0.1, 0.9]}}
+SPARSE = {name: {**numbers, "density": 0.4} for name, numbers in TUNED.items()}
+EDITS_OF_EVERY_OP: dict[str, list[dict[str, Any]]] = {
+    "adapter.combine": [{"op": "adapter.combine", "models": {"source": {}, "lora": {"weight": -0.5}}, "rank": 3}],
+    "adapter.convert": [{"op": "adapter.convert", "to": "adapterhub", "base": "a"}],
+    "adapter.extract": [{"op": "adapter.extract", "models": "a", "modules": "all-linear", "rank": 4}],
+    "adapter.fold": [{"op": "adapter.fold", "models": "lora"}, NF4],
+    "layers.select": [
+        {"op": "layers.select", "slices": [{"layers": [1, 2]}, {"model": "a", "layers": [0, 2], "scale": {".*": 0.5}}]}
+    ],
+    "merge.arcee_fusion": [{"op": "merge.arcee_fusion", "models": "a"}],
+    "merge.breadcrumbs": [{"op": "merge.breadcrumbs", "models": SPARSE}],
+    "merge.breadcrumbs_ties": [{"op": "merge.breadcrumbs_ties", "models": SPARSE}],
+    "merge.dare_linear": [{"op": "merge.dare_linear", "models": SPARSE}],
+    "merge.dare_ties": [{"op": "merge.dare_ties", "models": SPARSE}],
+    "merge.della": [{"op": "merge.della", "models": SPARSE}],
+    "merge.della_linear": [{"op": "merge.della_linear", "models": SPARSE}],
+    "merge.karcher": [{"op": "merge.karcher", "models": ["source", "a", "b"]}],
+    "merge.linear": [{"op": "merge.linear", "models": FINE}, NF4],
+    "merge.model_stock": [{"op": "merge.model_stock", "models": ["a", "b"]}],
+    "merge.multislerp": [{"op": "merge.multislerp", "models": FINE}],
+    "merge.nearswap": [{"op": "merge.nearswap", "models": "a", "t": 0.01}],
+    "merge.nuslerp": [{"op": "merge.nuslerp", "models": TUNED}],
+    "merge.ram": [{"op": "merge.ram", "models": ["a", "b"]}],
+    "merge.ramplus": [{"op": "merge.ramplus", "models": ["a", "b"]}],
+    "merge.sce": [{"op": "merge.sce", "models": ["a", "b"], "select_topk": 0.3}],
+    "merge.slerp": [{"op": "merge.slerp", "models": "a", "t": [0.1, 0.9]}],
+    "merge.task_arithmetic": [{"op": "merge.task_arithmetic", "models": TUNED}],
+    "merge.ties": [{"op": "merge.ties", "models": SPARSE}, NF4],
     "quantize.dequantize": [NF4, {"op": "quantize.dequantize", "modules": r"model\.layers\.0\..*_proj"}],
     "quantize.fp4": [{"op": "quantize.fp4", "modules": "all-linear"}],
     "quantize.nf4": [NF4],
@@ -262,17 +291,58 @@ def test_every_op_has_edits_to_be_compared_between_devices() -> None:
     assert set(EDITS_OF_EVERY_OP) == set(op_names())
 
 
+def with_models(root: Path, dtype: torch.dtype) -> dict[str, Path]:
+    """A source, two models tuned from it, and two adapters for it."""
+    source = models.llama(root / "source", dtype=dtype)
+    adapters = {name: models.lora(root / name, source, seed=seed) for seed, name in enumerate(["lora", "start"])}
+    tuned = {name: models.tuned(root / name, source, seed=seed) for seed, name in enumerate("ab", 1)}
+    return {"source": source, **tuned, **adapters}
+
+
+def spec_of(name: str, found: dict[str, Path]) -> dict[str, Any]:
+    """The spec of EDITS_OF_EVERY_OP, with the models that its ops use."""
+    edits = EDITS_OF_EVERY_OP[name]
+    used = {model for edit in edits for model in found if model != "source" and f"'{model}'" in repr(edit)}
+    source = found["start" if name in ("adapter.combine", "adapter.convert") else "source"]
+    return {**spec(source, edits), "models": {model: str(found[model]) for model in sorted(used)}}
+
+
+@pytest.mark.parametrize("name", EDITS_OF_EVERY_OP)
+def test_every_op_gives_the_same_bytes_for_one_worker_and_for_many(name: str, tmp_path: Path) -> None:
+    plan = surgery.plan(spec_of(name, with_models(tmp_path, torch.bfloat16)))
+    surgery.apply(plan, tmp_path / "one", workers=1, device="cpu")
+    surgery.apply(plan, tmp_path / "many", workers=4, memory=plan.cost.min_memory, device="cpu")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "many")
+
+
+def test_what_is_drawn_at_random_depends_on_the_seed_and_the_name_alone(tmp_path: Path) -> None:
+    """A tensor that is merged alone is what it is when all are; another seed gives another."""
+    found = with_models(tmp_path, torch.float32)
+    whole = spec_of("merge.dare_linear", found)
+    name = "model.layers.1.mlp.up_proj.weight"
+    alone = {**whole, "edits": [{**whole["edits"][0], "tensors": name.replace(".", r"\.")}]}
+    tensors: list[torch.Tensor] = []
+    for index, changed in enumerate([whole, alone, {**whole, "seed": 1}]):
+        surgery.apply(surgery.plan(changed), tmp_path / f"out-{index}")
+        tensors.append(models.read(tmp_path / f"out-{index}")[name])
+    assert models.same_bytes(tensors[0], tensors[1])
+    assert not models.same_bytes(tensors[0], tensors[2])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EDITS_OF_EVERY_OP)
 def test_a_gpu_gives_the_bytes_of_the_cpu_for_every_op(
     name: str, dtype: torch.dtype, convert: Convert, tmp_path: Path
 ) -> None:
-    source = models.llama(tmp_path / "source", dtype=dtype)
-    edits = EDITS_OF_EVERY_OP[name]
+    asked = spec_of(name, with_models(tmp_path, dtype))
     if name == "quantize.dequantize":  # from stored parts too, not only from what was just computed
-        source, edits = convert(source, edits[:1], device="cpu"), edits[1:]
-    assert hashes(convert(source, edits, device="cuda")) == hashes(convert(source, edits, device="cpu"))
+        quantized = convert(tmp_path / "source", asked["edits"][:1], device="cpu")
+        asked = spec(quantized, asked["edits"][1:])
+    plan = surgery.plan(asked)
+    for device in ("cuda", "cpu"):
+        surgery.apply(plan, tmp_path / device, device=device)
+    assert hashes(tmp_path / "cuda") == hashes(tmp_path / "cpu")
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from golden import assert_golden, golden_names
@@ -21,6 +22,16 @@ import surgery
 ROOT = Path(__file__).parents[1]
 SPECS = {path.stem: path for path in sorted((ROOT / "specs").glob("*.yaml"))}
 every_spec = pytest.mark.parametrize("name", SPECS)
+
+
+SETTINGS = {  # models beside the source, by parameter
+    "combine-loras": {"first": "lora", "second": "lora2"},
+    "extract-lora": {"tuned": "tuned"},
+    "fold-lora": {"adapter": "lora"},
+    "qlora": {"adapter": "lora"},
+    "slerp": {"other": "tuned"},
+    "ties": {"first": "tuned", "second": "lora"},
+}
 
 
 def weight(*shape: int) -> Tensor:
@@ -46,7 +57,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
     (path / "tokenizer.json").write_text("{}")
     (path / "pytorch_model.bin").write_bytes(b"left behind")
+    models.tuned(path.parent / "tuned", path)
+    models.lora(path.parent / "lora", path)
+    models.lora(path.parent / "lora2", path, rank=2, seed=1)
     return path
+
+
+def plan_of(name: str, llama: Path) -> Any:
+    """The plan of a recipe, with the models that it asks for."""
+    settings = {parameter: str(llama.parent / model) for parameter, model in SETTINGS.get(name, {}).items()}
+    base = {} if name == "combine-loras" else {"model": str(llama)}  # which reads no base
+    return surgery.plan(SPECS[name], **base, **settings)
 
 
 def validator(name: str) -> Draft202012Validator:
@@ -57,7 +78,7 @@ def validator(name: str) -> Draft202012Validator:
 
 @every_spec
 def test_every_recipe_has_a_golden_plan(name: str, llama: Path) -> None:
-    assert_golden(f"plans/{name}", str(surgery.plan(SPECS[name], model=str(llama))))
+    assert_golden(f"plans/{name}", str(plan_of(name, llama)))
 
 
 def test_no_golden_plan_is_left_over() -> None:
@@ -98,7 +119,7 @@ def test_a_plan_counts_every_source_tensor_once(llama: Path) -> None:
 
 @every_spec
 def test_the_plan_of_every_recipe_holds_to_its_schema(name: str, llama: Path) -> None:
-    plan = surgery.plan(SPECS[name], model=str(llama))
+    plan = plan_of(name, llama)
     validator("plan").validate(json.loads(json.dumps(plan.to_json())))
 
 
@@ -108,7 +129,7 @@ def test_a_plan_with_every_kind_of_edit_holds_to_its_schema(llama: Path) -> None
 
 @every_spec
 def test_the_manifest_of_every_recipe_holds_to_its_schema(name: str, llama: Path, tmp_path: Path) -> None:
-    surgery.apply(surgery.plan(SPECS[name], model=str(llama)), tmp_path / "out")
+    surgery.apply(plan_of(name, llama), tmp_path / "out")
     validator("manifest").validate(json.loads((tmp_path / "out" / "surgery-manifest.json").read_text()))
 
 
@@ -136,10 +157,30 @@ def test_what_is_planned_is_what_is_written(llama: Path, tmp_path: Path) -> None
     assert written + len(plan.layout.index) == plan.cost.bytes_written
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_tensor_of_a_recipe_says_which_models_it_comes_from(name: str, llama: Path, tmp_path: Path) -> None:
+    plan = plan_of(name, llama)
+    manifest = surgery.apply(plan, tmp_path / "out")
+    named = {source.partition(":")[0] for entry in manifest.tensors.values() for source in entry["sources"]}  # type: ignore[attr-defined]
+    assert named >= set(plan.checkpoints) - {"source"}
+    assert manifest.content["spec"]["models"].keys() == plan.checkpoints.keys() - {"source"}  # type: ignore[index]
+    assert str(llama.parent) not in (tmp_path / "out" / "surgery-manifest.json").read_text()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_output_of_a_recipe_can_be_made_again(name: str, llama: Path, tmp_path: Path) -> None:
+    plan = plan_of(name, llama)
+    surgery.apply(plan, tmp_path / "out")
+    places = {model: str(checkpoint.path) for model, checkpoint in plan.checkpoints.items()}
+    source = places.pop("source")
+    surgery.verify(tmp_path / "out", reproduce=True, source=source, models=places)
+
+
 @every_spec
 def test_a_recipe_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Path(surgery.load(name).document.file).samefile(SPECS[name])
+    settings = SETTINGS.get(name, {})
+    assert Path(surgery.load(name, **settings).document.file).samefile(SPECS[name])
 
 
 def test_a_file_of_ones_own_wins_over_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from safetensors import safe_open
@@ -144,8 +145,8 @@ def read(directory: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
 
 
-def apply(source: Path, out: Path, *edits: dict[str, Any]) -> Path:
-    surgery.apply(surgery.plan({"version": 1, "source": str(source), "edits": list(edits)}), out)
+def apply(source: Path, out: Path, *edits: dict[str, Any], **fields: Any) -> Path:
+    surgery.apply(surgery.plan({"version": 1, "source": str(source), "edits": list(edits), **fields}), out)
     return out
 
 
@@ -203,3 +204,30 @@ def test_casting_in_one_spec_gives_what_two_specs_give(source: Path, tmp_path: P
     at_once = apply(source, tmp_path / "at_once", BFLOAT16, widen, {**BFLOAT16, "dtype": "float16"})
     for name, tensor in read(second).items():
         assert_same_bits(tensor, read(at_once)[name])
+
+
+def test_merging_in_the_spec_that_dequantizes_and_quantizes_gives_what_three_specs_give(tmp_path: Path) -> None:
+    source = models.llama(tmp_path / "source")
+    quantized = apply(source, tmp_path / "quantized", QUANTIZE[0])
+    others = {"a": str(models.tuned(tmp_path / "a", source))}
+    merge = {"op": "merge.ties", "models": {"a": {"weight": 0.7, "density": 0.5}}}
+    floats = apply(quantized, tmp_path / "floats", DEQUANTIZE)
+    merged = apply(floats, tmp_path / "merged", merge, models=others)
+    last = apply(merged, tmp_path / "last", QUANTIZE[0])
+    at_once = apply(quantized, tmp_path / "at_once", DEQUANTIZE, merge, QUANTIZE[0], models=others)
+    for name, tensor in read(last).items():
+        assert_same_bits(tensor, read(at_once)[name])
+
+
+def test_what_no_adapter_touches_is_not_requantized(tmp_path: Path) -> None:
+    source = models.llama(tmp_path / "source")
+    quantized = apply(source, tmp_path / "quantized", QUANTIZE[0])
+    others = {"lora": str(models.lora(tmp_path / "lora", source, targets=["q_proj"]))}
+    folded = apply(quantized, tmp_path / "folded", {"op": "adapter.fold", "models": "lora"}, models=others)
+    before, after = read(quantized), read(folded)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if "q_proj" not in name:
+            assert_same_bits(tensor, after[name])
+    changed = [name for name in before if name.endswith("q_proj.weight") and not torch.equal(before[name], after[name])]
+    assert len(changed) == 2

@@ -122,11 +122,22 @@ def _summary(op: type[Op]) -> str:
 
 
 def _or_parameter(schema: Schema) -> Schema:
-    fields = dict(schema)
+    """`schema`, where a parameter may stand for the value, or for any value within it."""
+    fields = {key: _nested(key, value) for key, value in schema.items()}
     outer = {key: fields.pop(key) for key in ("description", "default", "examples") if key in fields}
     if fields.get("type") == "string" and "pattern" not in fields:
         return {**fields, **outer}
     return {"anyOf": [fields, {"$ref": "#/$defs/parameter"}], **outer}
+
+
+def _nested(key: str, value: object) -> object:
+    if key == "properties":
+        return {name: _or_parameter(item) for name, item in cast("dict[str, Schema]", value).items()}
+    if key == "anyOf":
+        return [{name: _nested(name, item) for name, item in choice.items()} for choice in cast("list[Schema]", value)]
+    if key in ("items", "additionalProperties") and isinstance(value, dict):
+        return _or_parameter(cast("Schema", value))
+    return value
 
 
 def spec_schema() -> Schema:

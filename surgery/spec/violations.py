@@ -53,7 +53,8 @@ def explain(error: ValidationError) -> Iterator[Violation]:
         yield Violation(f"{value!r} does not fit here", str(cast(Mapping[str, object], error.schema)["description"]))
     elif error.validator in ("maxProperties", "maxItems", "minProperties"):
         bound = "at least" if error.validator == "minProperties" else "at most"
-        yield Violation(f"holds {len(cast('list[object]', value))}; it takes {bound} {allowed}")
+        count = len(cast("list[object]", value))
+        yield Violation(f"has {count} entries, where {bound} {allowed} can be", "take some out, or add some")
     elif error.validator in ("minLength", "minItems"):
         yield Violation("is empty", "give a value, or leave the key out")
     else:

@@ -115,12 +115,13 @@ class Loaded:
 class Intake:
     """Source elements in, buffers and budget back. Used by one thread, but for `give_back`."""
 
-    def __init__(self, reader: SourceReader, pool: BufferPool, budget: Budget) -> None:
+    def __init__(self, reader: SourceReader, pool: BufferPool, budget: Budget, reserved: int) -> None:
+        """`reserved` bytes of the budget are for what is needed whole, and for one tile."""
         self.budget = budget
         self._reader = reader
         self._pool = pool
         self._held: dict[Node, _Held] = {}
-        self._holding = Budget(int(budget.total * HELD_SHARE))
+        self._holding = Budget(max(0, min(int(budget.total * HELD_SHARE), budget.total - reserved)))
 
     @property
     def room(self) -> int:
@@ -163,10 +164,10 @@ class Intake:
         """Bytes that reading `needs` takes of the budget."""
         return num_bytes_of(need for need in needs if need[0] not in self._held)
 
-    def read(self, needs: Iterable[Need]) -> Reading:
-        """What is needed, once there is room for it."""
+    def read(self, needs: Iterable[Need], written: int = 0) -> Reading:
+        """What is needed, once there is room for it and for what will be `written` from it."""
         wanted = list(needs)
-        self.budget.acquire(self.unheld(wanted))
+        self.budget.acquire(self.unheld(wanted) + written)
         reading = Reading({}, [])
         for node, start, stop in wanted:
             bits = node.type.dtype.bits

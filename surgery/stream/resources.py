@@ -33,10 +33,9 @@ class Resources:
             raise OutputError(self._too_little(cost))
         for workers in range(self.workers, 0, -1):
             for tile in TILES:
-                passing = tile * cost.tile_width
-                if passing > WINDOW_BYTES // 4 and tile > SMALLEST_TILE:
+                if tile * cost.tile_width > WINDOW_BYTES // 4 and tile > SMALLEST_TILE:
                     continue  # too few would pass at once to keep all workers busy
-                if cost.memory(workers, tile, 3 * cost.tile_bytes(tile)) <= self.memory:
+                if cost.memory(workers, tile, 3 * cost.passing(tile)) <= self.memory:
                     return Resources(self.memory, workers, self.device, tile)
         return Resources(self.memory, 1, self.device)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from surgery.graph import Kernel, Node, Source, Span, TiledKernel, TileError, toposort
 from surgery.layout import OutputFile, Placed
 from surgery.plan import Plan
+from surgery.stream.allocator import give_back_large_blocks
 from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Call, Evaluation
 from surgery.stream.first_pass import FirstPass, Partials
@@ -63,13 +64,15 @@ class Stream:
     """Streams the output of a plan; iterate `chunks` once, then ask `source_hashes`."""
 
     def __init__(self, plan: Plan, resources: Resources) -> None:
+        give_back_large_blocks()
         resources = resources.fitted(plan.cost)
         self._resources = resources
         self._budget = Budget(resources.in_flight(plan.cost))
         self._window = Budget(resources.window(plan.cost))
         pool = BufferPool(self._budget.total)
         self._reader = SourceReader({name: plan.checkpoints[name] for name in plan.streamed})
-        self._intake = Intake(self._reader, pool, self._budget)
+        reserved = plan.cost.largest_whole + plan.cost.passing(resources.tile)
+        self._intake = Intake(self._reader, pool, self._budget, reserved)
         self._queue: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(
             resources.workers, "surgery", initializer=torch.set_num_threads, initargs=(1,)
@@ -175,8 +178,7 @@ class Stream:
             needed = evaluation.needed(call, span)
             passing = self._intake.unheld(needed) + written
             self._window.acquire(passing)
-            reading = self._intake.read(needed)
-            self._budget.acquire(written)
+            reading = self._intake.read(needed, written)
             first = partials.pop(span, None)
             future = self._executor.submit(_tile_chunks, group, evaluation, span, reading, first and first.result())
             give_back = partial(self._give_back, reading.owned, passing)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from surgery.graph import Span
 from surgery.numerics.dtypes import torch_dtype
-from surgery.numerics.merge.kernel import UNIT, is_whole, unit_of_sums, working_dtype
+from surgery.numerics.merge.kernel import BLOCK, UNIT, is_whole, unit_of_sums, working_dtype
 from surgery.numerics.merge.task_arithmetic import TaskArithmetic, unpruned
 from surgery.types import TensorType
 
@@ -114,6 +114,11 @@ class Dare(_Dropped):
     Source: arXiv 2311.03099; mergekit `dare_linear` and `dare_ties`.
     """
 
+    @property
+    def align(self) -> int:
+        """Blocks of draws."""
+        return BLOCK
+
     def masker(self, span: Span, *tiles: Tensor) -> Pruner:
         """Draws below the density."""
         import torch
@@ -139,8 +144,7 @@ class Della(_Dropped):
     has the density itself. Of equal magnitudes, those with the lowest index rank lower. Ranks and
     probabilities are of the working dtype, in which bf16 tells few ranks apart.
 
-    Ranks need whole rows, so that tiles are whole rows too, and blocks of draws: where the width
-    is not a power of two times a small number, they are long.
+    Ranks need whole rows, so that tiles are whole rows too.
     Source: DELLA-Merging, arXiv 2406.11617; mergekit `della` and `della_linear`.
     """
 
@@ -163,6 +167,11 @@ class Della(_Dropped):
     def align(self) -> int:
         """Whole rows."""
         return self._plane if self.dropped_models else 1
+
+    @property
+    def tile_align(self) -> int:
+        """Whole rows too: nothing is rounded here, and draws can begin anywhere."""
+        return self.align
 
     def unit(self, *inputs: TensorType) -> int | None:
         """Whole rows."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from surgery.graph import Span
 from surgery.numerics.dtypes import torch_dtype
-from surgery.numerics.merge.kernel import unit_of_sums, working_dtype
+from surgery.numerics.merge.kernel import BLOCK, unit_of_sums, working_dtype
 from surgery.numerics.merge.task_arithmetic import TaskArithmetic, unpruned
 from surgery.types import DType, TensorType
 
@@ -61,14 +61,19 @@ class _Pruned(TaskArithmetic):
         """To find the thresholds, and one more for the sums that `rescale` matches."""
         return self._num_selecting + self.rescale if self._pruned_models else 0
 
+    @property
+    def align(self) -> int:
+        """Blocks in which elements at a threshold are counted."""
+        return BLOCK
+
     def unit(self, *inputs: TensorType) -> int | None:
         """Only the sums of `rescale` depend on the spans."""
         return unit_of_sums(*inputs) if self.rescale and self._pruned_models else None
 
     @property
     def scratch(self) -> int:
-        """Everything is done in pieces, but for the bits to be counted, and the values that `rescale` sums."""
-        return 24 if self.rescale else 12
+        """Pieces and tables of counts, of a size that hardly depends on the tile's; the values that `rescale` sums."""
+        return 64 if self.rescale else 48
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """Counts of magnitudes, then of ties, then sums."""

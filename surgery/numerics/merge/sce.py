@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from surgery.graph import Span
 from surgery.numerics.dtypes import torch_dtype
-from surgery.numerics.merge.kernel import UNIT, MergeKernel, unit_of_sums, working_dtype
+from surgery.numerics.merge.kernel import BLOCK, UNIT, MergeKernel, unit_of_sums, working_dtype
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ class Sce(MergeKernel):
         if not 0 < self.select_topk < 1:
             return 0
         return 2 if self.compute in (DType.BF16, DType.F16) else 3
+
+    @property
+    def align(self) -> int:
+        """Blocks in which elements at the threshold are counted."""
+        return BLOCK
 
     @property
     def reductions(self) -> int:

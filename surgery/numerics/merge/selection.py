@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import cast
 
 import torch
@@ -100,10 +101,11 @@ def advance(
 ) -> Selection:  # fmt: skip
     """The state after one more pass; after the first, `targets_of` is given how many nonzeros each source has."""
     if selection is None:
-        first, *others = partials
+        iterator = iter(partials)
+        first = next(iterator)
         if isinstance(first, _Small):
             return _after_all(dict(zip(sources, first.values, strict=True)), dtype, targets_of)
-        partials = [first, *others]
+        partials = chain([first], iterator)  # added up one by one: together they are larger than the tensor
         return _after_high(dict(zip(sources, _added(partials), strict=True)), dtype, targets_of)
     if selection.is_done:
         return replace(selection, passes=selection.passes + 1)

@@ -34,4 +34,6 @@ class MergeMultiSlerp(Merge):
         from surgery.numerics.merge.multislerp import MultiSlerp
 
         weights = recipe.numbers["weight"]
+        if self.normalize_weights and sum(weights) == 0:
+            raise ValueError("the weights add up to 0, by which nothing can be divided")
         return MultiSlerp(recipe.compute, recipe.dtype, weights, recipe.has_base, self.normalize_weights, self.eps)

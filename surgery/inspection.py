@@ -13,6 +13,12 @@ from surgery.types import TensorType, text
 __all__ = ["Inspection", "inspect_checkpoint"]
 
 
+ADAPTER_KEYS = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save",
+    "base_model_name_or_path",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """A checkpoint and its module tree."""
@@ -33,6 +39,13 @@ class Inspection:
         """`model_type` of config.json, or empty."""
         return str((self.checkpoint.config or {}).get("model_type", ""))
 
+    def adapter(self) -> dict[str, object]:
+        """What adapter_config.json says of method, rank, factor and base; empty for what is no adapter."""
+        if not self.checkpoint.is_adapter:
+            return {}
+        config = self.checkpoint.config or {}
+        return {key: config[key] for key in ADAPTER_KEYS if config.get(key) not in (None, "", {}, False)}
+
     def quantization(self) -> dict[str, int]:
         """How many modules hold a weight in each 4-bit format, and the method that config.json names."""
         counts: dict[str, int] = {}
@@ -52,6 +65,7 @@ class Inspection:
             "bytes": self.num_bytes,
             "files": [{"name": file.name, "bytes": file.header.file_bytes} for file in self.checkpoint.files],
             "quantization": self.quantization(),
+            "adapter": self.adapter(),
             "modules": [
                 {"path": module.path, "kind": module.kind.value, "tensors": _types(module.tensors)}
                 for module in self.modules.values()

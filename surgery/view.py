@@ -134,6 +134,8 @@ def inspection_text(inspection: Inspection) -> str:
     lines.append(
         f"{model_type}{_count(len(checkpoint.tensors), 'tensor')} in {files}, {format_decimal(inspection.num_bytes)}"
     )
+    if inspection.adapter():
+        lines.append("adapter: " + ", ".join(f"{key} {value}" for key, value in inspection.adapter().items()))
     lines += [f"quantized: {label}, {_count(count, 'module')}" for label, count in inspection.quantization().items()]
     lines += [f"note: {note}" for note in checkpoint.notes]
     return "\n".join(lines)

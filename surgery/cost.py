@@ -119,7 +119,9 @@ class _Group:
             for node, step in zip(inputs, kernel.input_steps(), strict=True)
             if step is None
         }
-        self.whole = sum(node.type.num_bytes for node in needed_whole) + max(map(_untiled_bytes, calls), default=0)
+        states = sum(kernel.state_bytes(*(node.type for node in inputs)) for kernel, inputs in tiled)
+        untiled = max(map(_untiled_bytes, calls), default=0)
+        self.whole = sum(node.type.num_bytes for node in needed_whole) + untiled + states
         domain = max((kernel.domain(*(node.type for node in inputs)) for kernel, inputs in tiled), default=0)
         read = sum(
             node.type.num_bytes for node in nodes if isinstance(node.kernel, Source) and node not in needed_whole

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 import pytest
-import yaml
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 

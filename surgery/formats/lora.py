@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from surgery.errors import OpError, Problem
 from surgery.formats.peft.base import Misfit
+from surgery.formats.peft.lora import CHANGE_THE_BASE
 from surgery.formats.peft.settings import Settings
 from surgery.graph import Node
 
@@ -48,7 +49,6 @@ _MORE_THAN_FACTORS = {
     "monteclora_config": "is MonteCLoRA, which samples its factors",
     "alora_invocation_tokens": "acts after its invocation tokens only",
 }
-_CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def _refusals(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     if config.get("bias", "none") not in (None, "none"):
         yield f"holds biases (`bias: {config['bias']}`), which a sum of LoRA factors cannot hold", fold
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGES_THE_BASE):
+    if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
         fix = "convert it first: PEFT's `save_pretrained(path_initial_model_for_weight_conversion=...)`"
         yield f"was initialised with {init}, so that it belongs to a changed base", fix
 

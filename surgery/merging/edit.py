@@ -222,15 +222,17 @@ class _Merging:
         refused = refuse_quantized(site, operands)
         if refused:
             raise refused
+        if SOURCE not in operands:  # it has no part in the result, but is what the config and other tensors fit
+            padded(site, {SOURCE: own, **operands}, pad_vocab=self._op.pad_vocab)
         operands = padded(site, operands, pad_vocab=self._op.pad_vocab)
         if not own.type.dtype.is_float:
-            merged = self._same(site, operands)
+            merged = self._same(site, {SOURCE: own, **operands})
         elif not own.type.num_elements:
             merged = own
         else:
             merged = self._merged(site, operands)
         # Where the source itself has no part in the result, it is left out on purpose.
-        return Rewrite((site.path,), {site.path: merged}, drops=() if SOURCE in operands else (site.path,))
+        return Rewrite((site.path,), {site.path: merged}, drops=(site.path,))
 
     def _found(self, site: Site) -> dict[str, Node]:
         names = [SOURCE, *self._models] if self._has_base else self._models

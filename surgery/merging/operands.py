@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from surgery.checkpoint.architecture import EMBEDDINGS, HEADS
 from surgery.checkpoint.modules import QUANTIZED_PARTS, module_of, modules_of
@@ -60,7 +61,15 @@ def _patches(model: Model, source: Model, *, any_base: bool) -> Mapping[str, Pat
         refuse_other_base(model, source)
     adapter = read_adapter(model)
     types = {name: node.type for name, node in source.nodes.items()}
-    return adapter.patches(types, modules_of(types, source.architecture), source.architecture, source.config)
+    try:
+        return adapter.patches(types, modules_of(types, source.architecture), source.architecture, source.config)
+    except OpError as error:
+        raise OpError(*(replace(problem, fix=_merge_fix(problem.fix)) for problem in error.problems)) from None
+
+
+def _merge_fix(fix: str) -> str:
+    """How to mend it in a merge: what `adapter.fold` offers, its output can be merged with."""
+    return f"fold it into a checkpoint of its own first, with `adapter.fold`: {fix}" if "`tied:" in fix else fix
 
 
 def refuse_quantized(site: Site, operands: Mapping[str, Node]) -> OpError | None:

@@ -52,5 +52,5 @@ def _tokens(directory: Path) -> Mapping[str, object] | None:
             vocabulary = {str(piece[0]): index for index, piece in enumerate(pieces)}
         tokens = cast("dict[str, object]", vocabulary)
         return {**tokens, **{str(token["content"]): token["id"] for token in added}}
-    except (AssertionError, ValueError, KeyError, TypeError, RecursionError):
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None

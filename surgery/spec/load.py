@@ -21,6 +21,7 @@ from surgery.spec.violations import explain
 __all__ = ["load_spec"]
 
 DEFAULT_SHARD_SIZE = "5GB"
+LARGEST_NUMBER = 1e300
 
 
 def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> Spec:
@@ -60,6 +61,7 @@ class _Loader:
         self.problems += self.parameters.problems
         self._check(data, frame_schema(), ())
         fields = _map(data)
+        self._check_numbers(fields.get("edits"), ("edits",))
         edits = [self._edit(index, entry) for index, entry in enumerate(_list(fields.get("edits")))]
         self._check_edits(edits)
         shard_bytes = self._shard_bytes(fields)
@@ -90,6 +92,17 @@ class _Loader:
                 for violation in explain(error):
                     self._report(violation.what, (*place, *violation.below), violation.fix)
         return not errors
+
+    def _check_numbers(self, value: object, keys: Keys) -> None:
+        """YAML knows numbers that nothing can be computed with."""
+        if isinstance(value, dict):
+            for key, item in cast("dict[str, object]", value).items():
+                self._check_numbers(item, (*keys, key))
+        elif isinstance(value, list):
+            for index, item in enumerate(cast("list[object]", value)):
+                self._check_numbers(item, (*keys, index))
+        elif isinstance(value, int | float) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:  # not so for NaN
+            self._report(f"{value!r:.40} is no number to compute with", keys, "give a finite one")
 
     def _edit(self, index: int, entry: object) -> Edit | None:
         keys: Keys = ("edits", index)

@@ -126,6 +126,17 @@ class Evaluation:
             raise _located(problem, call, (0, 0)) from None
         return ports, kernel.measure(values, ports)
 
+    def combine(self, call: Call, partials: Iterator[object]) -> None:
+        """The next state of `call`. Raises OpError."""
+        kernel, inputs = call
+        types = [node.type for node in inputs]
+        try:
+            self.states[call] = _tiled(kernel).combine(self.states.get(call), partials, *types)
+        except OpError:  # of a partial result, which says where already
+            raise
+        except (BadValue, ValueError) as problem:
+            raise _located(problem, call, (0, 0)) from None
+
     def partial(self, call: Call, span: Span, read: Read) -> object:
         """What `span` adds to the state of `call`."""
         inputs = self._inputs(call, span, _Tile(read))

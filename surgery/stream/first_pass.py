@@ -67,7 +67,7 @@ class FirstPass:
         for number in range(kernel.reductions):
             keeps = partials is not None and number == kernel.reductions - 1 and kernel.unit(*types) is None
             results = self._reduced(call, evaluation, partials if keeps else None)
-            evaluation.states[call] = kernel.combine(evaluation.states.get(call), results, *types)
+            evaluation.combine(call, results)
 
     def _reduced(self, call: Call, evaluation: Evaluation, partials: Partials | None) -> Iterator[object]:
         def submit(span: Span) -> Future[object]:
@@ -80,9 +80,10 @@ class FirstPass:
         return self._in_order(submit, evaluation.first_spans(call))
 
     def _then_release(self, compute: Callable[..., T], call: Call, span: Span, reading: Reading) -> T:
-        result = compute(call, span, reading.values)
-        self._intake.give_back(reading.owned, reading.num_bytes)
-        return result
+        try:
+            return compute(call, span, reading.values)
+        finally:
+            self._intake.give_back(reading.owned, reading.num_bytes)
 
     def _in_order(self, submit: Callable[[Span], Future[T]], spans: Iterable[Span]) -> Iterator[T]:
         """Results in order of `spans`, a few computed ahead."""

@@ -24,6 +24,8 @@ OTHER_VARIANTS = (
     "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
+
 
 class LoRA(Method):
     """Low-rank adaptation, arXiv 2106.09685."""
@@ -40,6 +42,12 @@ class LoRA(Method):
 
     def check(self, settings: Settings, shared: Shared) -> None:
         """Raises Misfit for the variants that are more than a low-rank difference."""
+        init = settings.config.get("init_lora_weights")
+        if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
+            what = f"is a LoRA initialised with `{init}`, which belongs to a base that its initialisation has changed"
+            raise Misfit(
+                f"{what}: convert it first, with `path_initial_model_for_weight_conversion` of `save_pretrained`"
+            )
         used = [key for key in OTHER_VARIANTS if settings.flag(key)]
         if used:
             raise Misfit(f"is a LoRA with `{used[0]}`, which no fold into the weights stands for")

@@ -13,6 +13,8 @@ from surgery.formats.peft.base import Inconsistent
 
 __all__ = ["Settings"]
 
+LARGEST = 1e30  # a rank or factor beyond it is damage
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -33,9 +35,7 @@ class Settings:
         """The number under `key`. Raises OpError if it is none."""
         value = self.config.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise OpError(Problem(f"`{key}` of the adapter's config is {value!r}, which is no number"))
-        return value
+        return _checked(key, value)
 
     def names(self, key: str) -> tuple[str, ...]:
         """The names listed under `key`; a lone one counts as a list of one."""
@@ -68,7 +68,12 @@ class Settings:
 
     def rank(self, path: str, key: str = "r", default: float = 8) -> int:
         """The rank at the module `path`."""
-        return int(self._patterned("rank_pattern", path, key, default))
+        rank = int(self._patterned("rank_pattern", path, key, default))
+        if rank < 1:
+            raise OpError(
+                Problem(f"the rank of `{path}` is {rank} in the adapter's config", fix="there is none below 1")
+            )
+        return rank
 
     def alpha(self, path: str, key: str = "lora_alpha", default: float = 8) -> float:
         """alpha at the module `path`."""
@@ -92,8 +97,8 @@ class Settings:
         patterns = self.config.get(patterns_key)
         if isinstance(patterns, Mapping):
             for pattern, value in cast("Mapping[str, object]", patterns).items():
-                if isinstance(value, int | float) and self._matches(pattern, path):
-                    return value
+                if self._matches(pattern, path):
+                    return _checked(patterns_key, value)
         return self.number(key, default)
 
     @classmethod
@@ -104,5 +109,11 @@ class Settings:
     def _matches_whole(pattern: str, path: str) -> bool:
         try:
             return re.fullmatch(pattern, path) is not None
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise OpError(Problem(f"`{pattern}` in the adapter's config is no regex: {error}")) from None
+
+
+def _checked(key: str, value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST:  # so no NaN
+        return value
+    raise OpError(Problem(f"`{key}` of the adapter's config is {value!r:.40}, which is no number that can be meant"))

@@ -44,12 +44,19 @@ def tied_patches(
         of_head = []
     elif own or of_head:
         _refuse_unasked(head if of_head else shared, shared, tied)
+        if tied == "both" and _replaces(own) and _replaces(of_head):
+            what = f"the adapter stores both `{shared}` and `{head}`, which the base ties: one would be lost"
+            raise OpError(Problem(what, fix="write `tied: untie`: the head becomes a tensor of its own"))
         if tied == "untie":
             return {
                 **_patches(_with(steps, shared, [*own, *both])),
                 head: Patch(head, _ordered([*of_head, *both]), shared),
             }
     return _patches(_with(steps, shared, [*own, *of_head, *both]))
+
+
+def _replaces(changes: Sequence[Change]) -> bool:
+    return any(isinstance(change.step, Replacement) and not change.step.restores for change in changes)
 
 
 def _with(steps: Mapping[str, Sequence[Change]], tensor: str, changes: Sequence[Change]) -> dict[str, Sequence[Change]]:

@@ -64,10 +64,14 @@ class ArceeFusion(MergeKernel):
         """Whole rows."""
         return max(1, UNIT // self._width) * self._width
 
+    def state_bytes(self, *inputs: TensorType) -> int:
+        """The divergence of each row."""
+        return 16 * (inputs[0].num_elements // max(1, self.shape[-1] if self.shape else 1))
+
     @property
     def scratch(self) -> int:
         """Two softmaxes and what comes of them."""
-        return 40
+        return 64
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """(The divergence of each row, counts of the high halves), then counts of the low halves; on the CPU."""

@@ -62,6 +62,10 @@ class ModelStock(MergeKernel):
         """Whole rows."""
         return max(1, UNIT // self._width) * self._width if self._by_rows else unit_of_sums(*inputs)
 
+    def state_bytes(self, *inputs: TensorType) -> int:
+        """What is known of each row, with `filter_wise`."""
+        return 32 * (inputs[0].num_elements // max(1, self.shape[-1] if self.shape else 1)) if self.filter_wise else 0
+
     @property
     def scratch(self) -> int:
         """All deltas, and a product."""

@@ -80,6 +80,13 @@ class NuSlerp(MergeKernel):
             return max(1, UNIT // self._width) * self._width
         return unit_of_sums(*inputs)
 
+    def state_bytes(self, *inputs: TensorType) -> int:
+        """The angle of each vector."""
+        if self.flatten or not self.shape:
+            return 0
+        length = self.shape[0] if self.row_wise else self.shape[-1]
+        return 32 * (inputs[0].num_elements // max(1, length))
+
     @property
     def scratch(self) -> int:
         """Two vectors, their units and a product."""

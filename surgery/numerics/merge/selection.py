@@ -26,6 +26,7 @@ from surgery.numerics.scratch import scratch
 
 __all__ = ["Cut", "Keeper", "Magnitudes", "Selection", "Target", "advance", "count"]
 
+_NAN = "holds, or another model's tensor does, a NaN: magnitudes cannot be ranked"
 _HIGH_BINS = 1 << 15  # patterns of the high half, or of all bits but the sign of a 16-bit float
 _LOW_BINS = 1 << 16
 _CHUNK = 1 << 19  # elements counted at once: a table of counts costs as much as this many of them
@@ -223,6 +224,9 @@ def _added(partials: Iterable[object]) -> Iterator[Tensor]:
 def _after_high(
     counts: Mapping[int, Tensor], dtype: torch.dtype, targets_of: Callable[[Mapping[int, int]], Sequence[Target]]
 ) -> Selection:
+    infinity = 0x7C00 if dtype == torch.float16 else 0x7F80  # patterns above it are NaN
+    if any(bool(c[infinity + 1 : -1].any()) for c in counts.values()):
+        raise ValueError(_NAN)
     nonzeros = {source: int(c[-1]) for source, c in counts.items()}
     targets = tuple(targets_of(nonzeros))
     found = tuple(_located(counts[source][:-1], k, 0) for source, k in targets)
@@ -237,6 +241,8 @@ def _values(num_elements: int, source: int, magnitudes: Magnitudes) -> Tensor:
 def _after_all(
     values: Mapping[int, Tensor], dtype: torch.dtype, targets_of: Callable[[Mapping[int, int]], Sequence[Target]]
 ) -> Selection:
+    if any(bool(x.isnan().any()) for x in values.values()):
+        raise ValueError(_NAN)
     targets = tuple(targets_of({source: int(x.count_nonzero()) for source, x in values.items()}))
     cuts = tuple(_cut_of(values[source], k) for source, k in targets)
     return Selection(dtype, targets, (), 1, cuts)

@@ -72,7 +72,8 @@ class Tangents:
         """The result. Raises ValueError where it is undefined."""
         scalars = self._scalars
         if scalars.is_undefined:
-            raise ValueError("has a weighted mean of 0 on the sphere: choose other weights")
+            what = "has a weighted mean of 0 on the sphere: choose other weights"
+            raise ValueError(f"{what}, or leave it out of `tensors` if no model changed it")
         merged = total(self._weighted(self._models), "mean") if scalars.averages else self._projected()
         return merged if self._base is None else merged.add_(self._base)
 

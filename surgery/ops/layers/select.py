@@ -24,6 +24,7 @@ from surgery.types import TensorType
 
 Indices = list[int | list[int]]
 
+MOST_LAYERS = 10_000  # a range beyond it is a slip
 _RANGE = {
     "type": "array",
     "items": {"type": "integer"},
@@ -142,6 +143,8 @@ class Select(Op):
             return "one of `keep`, `drop` and `slices` is missing"
         ranges = [item for item in (*(self.keep or ()), *(self.drop or ())) if isinstance(item, list)]
         for first, stop in [*ranges, *(_range(piece) for piece in self.slices or ())]:
+            if stop > MOST_LAYERS:
+                return f"[{first}, {stop}] is no range of layers: no model has {stop}"
             if not 0 <= first < stop:
                 return f"[{first}, {stop}] is no range: it goes from the first layer to one past the last"
         broken = (_broken(regex) for piece in self.slices or () for regex in _scales(piece))

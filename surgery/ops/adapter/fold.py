@@ -83,7 +83,7 @@ class Fold(Op):
 
     def model_names(self) -> Iterable[str]:
         """The adapters, in order."""
-        return self._weights()
+        return (self.models,) if isinstance(self.models, str) else tuple(cast("Iterable[str]", self.models))
 
     def _weights(self) -> dict[str, float]:
         models = self.models

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import cast
 
 from surgery.checkpoint import ADAPTER_CONFIG, Checkpoint
-from surgery.errors import Problem, VerifyError
+from surgery.checkpoint.paths import read_json, stands
+from surgery.errors import OpError, Problem, VerifyError
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.op import SOURCE
 from surgery.plan import Plan, TensorPlan
 from surgery.types import text
 
-__all__ = ["MANIFEST_NAME", "Manifest", "make_manifest", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "check_bases", "make_manifest", "read_manifest"]
 
 MANIFEST_NAME = "surgery-manifest.json"
 SEAL = "manifest_sha256"
@@ -78,7 +79,7 @@ def make_manifest(plan: Plan, source_hashes: Mapping[tuple[str, str], str], writ
         "versions": {name: version(package) for name, package in _VERSIONS.items()},
         "source": _model(SOURCE, plan.checkpoint, source_hashes),
         "models": models,
-        **_base(plan),
+        **_base(plan, source_hashes),
         "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
         "tensors": {tensor.name: _tensor(tensor, records[tensor.name]) for tensor in plan.tensors},
         "dropped": {name: str(type_) for name, type_ in plan.dropped.items()},
@@ -86,9 +87,27 @@ def make_manifest(plan: Plan, source_hashes: Mapping[tuple[str, str], str], writ
     return Manifest({**body, SEAL: _seal(body)})
 
 
-def _base(plan: Plan) -> dict[str, object]:
+def _base(plan: Plan, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:
     extracted = plan.config_name == ADAPTER_CONFIG and not plan.checkpoint.is_adapter
-    return {"base": {"identity": plan.checkpoint.identity}} if extracted else {}
+    return {"base": _model(SOURCE, plan.checkpoint, hashes)} if extracted else {}
+
+
+def check_bases(plan: Plan, hashes: Mapping[tuple[str, str], str]) -> None:
+    """Raises OpError if an adapter's manifest says that it was extracted for other weights than the source's.
+
+    Only now are they known: the identity that planning compares is that of a local checkpoint's headers.
+    """
+    if any(options.get("any_base") for options in plan.spec.options):
+        return
+    for name in plan.streamed:
+        model = plan.checkpoints[name]
+        path = model.path / MANIFEST_NAME
+        base = read_json(path, model.path).get("base") if model.is_adapter and stands(path) else None
+        files = cast("Mapping[str, object]", base).get("files") if isinstance(base, Mapping) else None
+        for entry in cast("list[dict[str, object]]", files) if isinstance(files, list) else []:
+            if name != SOURCE and entry.get("sha256") != hashes.get((SOURCE, str(entry.get("name")))):
+                what = f"adapter `{name}` was extracted for other weights: `{entry.get('name')}` of the source differs"
+                raise OpError(Problem(what, str(path), "give that base as the source, or set `any_base: true`"))
 
 
 def _model(name: str, checkpoint: Checkpoint, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:

@@ -190,3 +190,18 @@ def test_a_plan_names_the_model_that_a_tensor_is_copied_from(tmp_path: Path) -> 
     )
     assert "model.layers.1.q_proj.weight" in str(made) and "← m" in str(made)
     assert made.summary()["change"] == 1
+
+
+def test_an_adapter_extracted_for_other_weights_is_refused_when_they_are_known(tmp_path: Path) -> None:
+    names = ("base", "tuned", "other")
+    paths = {name: checkpoint(tmp_path / name, {"layers.0.q_proj.weight": torch.randn(16, 8)}) for name in names}
+    edit = {"op": "adapter.extract", "modules": "all-linear", "models": "tuned", "rank": 4}
+    surgery.apply(plan(paths["base"], edit, tuned=paths["tuned"]), tmp_path / "adapter")
+    for fold in ({"op": "adapter.fold", "models": "m"}, {"op": "merge.linear", "models": {"m": WEIGHT}}):
+        models = {"m": str(tmp_path / "adapter")}
+        with pytest.raises(surgery.OpError, match="was extracted for other weights"):
+            surgery.apply(plan(paths["other"], fold, **models), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        surgery.apply(plan(paths["other"], {**fold, "any_base": True}, **models), tmp_path / "out", overwrite=True)
+        surgery.apply(plan(paths["base"], fold, **models), tmp_path / "out", overwrite=True)
+        (tmp_path / "out").rename(tmp_path / fold["op"])

@@ -14,7 +14,7 @@ from surgery.checkpoint.paths import open_regular
 from surgery.errors import OutputError, Problem
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.layout import OutputFile
-from surgery.manifest import MANIFEST_NAME, Manifest, make_manifest
+from surgery.manifest import MANIFEST_NAME, Manifest, check_bases, make_manifest
 from surgery.plan import Plan
 from surgery.stream import Resources, Stream
 from surgery.write.place import Workplace
@@ -68,6 +68,7 @@ def _fill(plan: Plan, directory: Path, resources: Resources, report: ProgressRep
     try:
         weights = _write_weights(plan, directory, stream, finished, journal, report)
         source_hashes = stream.source_hashes()
+        check_bases(plan, source_hashes)
     finally:
         stream.close()
     del stream  # and its buffers: the manifest is the larger, the more tensors there are

@@ -332,3 +332,25 @@ def test_a_parameter_of_another_method_is_left_out_with_a_note(tmp_path: Path) -
     spec, text = imported(tmp_path, two("model_stock", "parameters: {normalize: true}"))
     assert "# note: `normalize` has no effect on `model_stock`, in mergekit neither: it is left out\n" in text
     assert "normalize" not in spec["edits"][0]
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ("modules: {a: {slices: []}}\nmerge_method: linear\n", "names no model"),
+        (f"models: [{{model: a/b, parameters: {{weight: 1{'0' * 400}}}}}]\nmerge_method: linear\n", "not a number"),
+    ],
+    ids=["empty", "huge"],
+)
+def test_a_config_that_leads_nowhere_is_a_spec_error(config: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(surgery.SpecError, match=what):
+        surgery.import_mergekit(tmp_path / "config.yaml")
+
+
+def test_a_lora_baked_into_its_base_is_translated(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "base_model: m/a+m/l\nmerge_method: passthrough\nmodels: [{model: m/a+m/l}]\n"
+    )
+    text = surgery.import_mergekit(tmp_path / "config.yaml")
+    assert "source: m/a" in text and "l: m/l" in text

@@ -65,6 +65,9 @@ class _Translation:
                 fix = "merge that LoRA into its base first: a config with `merge_method: passthrough`"
                 self.config.report("a LoRA in `base_model` is not translated", ("base_model",), fix)
             return base.model
+        if not inputs:
+            self.config.report("the config names no model", (), "list one under `models`")
+            raise SpecError(*self.config.problems)
         return next((item.model for item in inputs if not item.lora), inputs[0].model)
 
     def _name(self, item: Input) -> str:

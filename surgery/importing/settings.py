@@ -79,9 +79,9 @@ def _scalar(config: Config, parameter: Parameter, value: object, keys: Keys) -> 
         if not math.isfinite(number):
             raise ValueError(number)
         return int(number) if number.is_integer() else number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         kind = "true or false" if parameter.kind == "flag" else "a number"
-        config.report(f"`{parameter.name}` is {value!r}, not {kind}", keys)
+        config.report(f"`{parameter.name}` is {value!r:.60}, not {kind}", keys)
         return 0.0
 
 

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, cast
 from surgery.checkpoint import open_checkpoint
 from surgery.cost import DEFAULT_MEMORY
 from surgery.errors import OutputError, Problem, SpecError, SurgeryError, VerifyError
-from surgery.importing import from_mergekit
 from surgery.inspection import Inspection, inspect_checkpoint
 from surgery.op import SOURCE, find_op, op_names, options_of
 from surgery.plan import Plan, make_plan
 from surgery.sizes import parse_size
 from surgery.spec import Spec, load_spec, spec_schema
-from surgery.spec.document import read_document
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
@@ -186,6 +184,9 @@ def inspect(source: str | Path) -> Inspection:
 
 def import_mergekit(config: str | Path) -> str:
     """A mergekit configuration file as a spec, YAML text. Raises SpecError for what has no equal here."""
+    from surgery.importing import from_mergekit
+    from surgery.spec.document import read_document
+
     return from_mergekit(read_document(Path(config)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import surgery
@@ -205,3 +205,15 @@ def test_an_adapter_extracted_for_other_weights_is_refused_when_they_are_known(t
         surgery.apply(plan(paths["other"], {**fold, "any_base": True}, **models), tmp_path / "out", overwrite=True)
         surgery.apply(plan(paths["base"], fold, **models), tmp_path / "out", overwrite=True)
         (tmp_path / "out").rename(tmp_path / fold["op"])
+
+
+def test_a_vocabulary_that_ends_tiles_before_the_other_is_padded(tmp_path: Path) -> None:
+    name, rows = "model.embed_tokens.weight", {"source": 1500, "other": 4000}
+    weights = {model: torch.randn(count, 512) for model, count in rows.items()}
+    paths = {model: checkpoint(tmp_path / model, {name: x}, vocab_size=rows[model]) for model, x in weights.items()}
+    edit = {"op": "merge.linear", "models": {"source": WEIGHT, "m": WEIGHT}, "pad_vocab": True}
+    made = plan(paths["source"], edit, m=paths["other"])
+    surgery.apply(made, tmp_path / "out", memory=made.cost.min_memory)
+    expected = (torch.cat([weights["source"], weights["other"][1500:]]) + weights["other"]) / 2
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], expected)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 4000

@@ -231,8 +231,8 @@ class _Merging:
             merged = own
         else:
             merged = self._merged(site, operands)
-        # Where the source itself has no part in the result, it is left out on purpose.
-        return Rewrite((site.path,), {site.path: merged}, drops=(site.path,))
+        # Where the source itself is no operand, it is left out on purpose; elsewhere conservation keeps watch.
+        return Rewrite((site.path,), {site.path: merged}, drops=() if SOURCE in operands else (site.path,))
 
     def _found(self, site: Site) -> dict[str, Node]:
         names = [SOURCE, *self._models] if self._has_base else self._models

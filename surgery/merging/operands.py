@@ -100,9 +100,7 @@ def padded(site: Site, operands: Mapping[str, Node], *, pad_vocab: bool) -> Mapp
     largest = max(operands.values(), key=lambda node: node.type.shape[0])
     try:
         return {
-            name: node
-            if node.type.shape == largest.type.shape
-            else site.graph.apply(PadRows(node.type.num_elements), node, largest)[0]
+            name: node if node.type.shape == largest.type.shape else site.graph.apply(PadRows(), node, largest)[0]
             for name, node in operands.items()
         }
     except ValueError as error:

@@ -18,8 +18,6 @@ __all__ = ["PadRows"]
 class PadRows(TiledKernel):
     """[n, ...] and a larger [m, ...] of the same dtype → the first with the last m - n rows of the second."""
 
-    num_elements: int  # of the smaller one
-
     def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
         """The larger type. Raises ValueError if they differ in more than rows."""
         small, large = inputs

@@ -196,7 +196,8 @@ def _input_ranges(call: Call, span: Span) -> Iterator[Need]:
         if step is None:
             yield node, 0, node.type.num_elements
         else:
-            yield node, span[0] // step, min(-(-span[1] // step), node.type.num_elements)
+            num_elements = node.type.num_elements  # an input may end before the domain does
+            yield node, min(span[0] // step, num_elements), min(-(-span[1] // step), num_elements)
 
 
 def _covering_span(node: Node, start: int, stop: int) -> Span:

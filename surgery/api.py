@@ -7,10 +7,12 @@ import inspect as python_inspect
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from surgery.checkpoint import open_checkpoint
+from surgery.checkpoint.config_only import open_config
 from surgery.cost import DEFAULT_MEMORY
 from surgery.errors import OutputError, Problem, SpecError, SurgeryError, VerifyError
 from surgery.inspection import Inspection, inspect_checkpoint
@@ -53,14 +55,24 @@ def validate(specs: str | Path | Iterable[str | Path], **params: Setting) -> lis
     return loaded
 
 
-def plan(spec: Spec | str | Path | Mapping[str, object], **params: Setting) -> Plan:
+def plan(
+    spec: Spec | str | Path | Mapping[str, object],
+    *,
+    config_only: bool = False,
+    download: bool = False,
+    **params: Setting,
+) -> Plan:
     """What applying `spec` would do, from headers alone; `print` it to see.
 
-    Raises SpecError, OpError or CheckpointError with what is wrong, where, and how to mend it.
+    With `config_only` from the models' config.json alone, for which no weights need to be there; such a plan
+    cannot be applied. What is on the Hub is read there, range by range; with `download` it is fetched first, and
+    kept in the cache of the Hub's client. Raises SpecError, OpError or CheckpointError with what is wrong, where, and
+    how to mend it.
     """
     loaded = spec if isinstance(spec, Spec) else load_spec(spec, params)
     sources = {SOURCE: loaded.source, **loaded.models}
-    return make_plan(loaded, {name: open_checkpoint(source) for name, source in sources.items()})
+    opened = open_config if config_only else partial(open_checkpoint, download=download)
+    return make_plan(loaded, {name: opened(source) for name, source in sources.items()})
 
 
 def apply(
@@ -72,25 +84,31 @@ def apply(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    hash_sources: bool = False,
     report: ProgressReport | None = None,
 ) -> Manifest:
     """Do what `plan` says: write OUT with its manifest, whole or not at all.
 
     `memory` bounds what is held beyond the imports (bytes, or `2GiB`); `workers` are compute threads
     (default: one for each core); `device` is `auto`, `cpu`, `cuda` or `cuda:N`; none of them changes a
-    byte of the output. `resume` goes on where a run of the same plan was stopped. `report` is called
-    with the bytes written so far and in all. Raises OutputError, OpError or CheckpointError.
+    byte of the output. `resume` goes on where a run of the same plan was stopped. `hash_sources` notes the
+    sha256 of every source file in the manifest, as is done anyway of a base that an adapter is, or was, extracted
+    for. `report` is called with the bytes written so far and in all. Raises OutputError, OpError or CheckpointError.
     """
     from surgery.write import write_output
 
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"a Plan is applied, not a {type(plan).__name__}: surgery.apply(surgery.plan(spec), out)")
+    if any(model.is_config_only for model in plan.checkpoints.values()):
+        what = "the plan was made from config.json alone: there are no weights to apply it to"
+        raise OutputError(Problem(what, fix="plan with the weights at hand, without config_only"))
     return write_output(
         plan,
         Path(out),
         _resources(memory, workers, device),
         overwrite=overwrite,
         resume=resume,
+        hash_sources=hash_sources,
         report=report or (lambda done, total: None),
     )
 
@@ -150,7 +168,7 @@ def verify(
 
 
 def _reproduce(manifest: Manifest, out: Path, given: Mapping[str, str]) -> None:
-    from surgery.verification import compare_manifests
+    from surgery.verification import compare_manifests, has_source_hashes
 
     spec = cast("Mapping[str, object]", manifest.content["spec"])
     identities = {SOURCE: str(spec["source"]), **cast("Mapping[str, str]", spec.get("models", {}))}
@@ -161,7 +179,8 @@ def _reproduce(manifest: Manifest, out: Path, given: Mapping[str, str]) -> None:
     models = {name: place for name, place in places.items() if name != SOURCE}
     again = plan({**spec, "source": places[SOURCE], **({"models": models} if models else {})})
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.reproduce-", dir=out.resolve().parent) as scratch:
-        compare_manifests(manifest, apply(again, Path(scratch) / "out"))
+        made = apply(again, Path(scratch) / "out", hash_sources=has_source_hashes(manifest))
+        compare_manifests(manifest, made)
 
 
 def _place(name: str, identity: str, given: str | None, out: Path) -> str:
@@ -170,11 +189,13 @@ def _place(name: str, identity: str, given: str | None, out: Path) -> str:
     if given is None and identity.startswith("sha256:"):
         what = "was made from a local source, which the manifest does not locate"
         raise VerifyError(Problem(what, str(out), f"say where it is: `surgery verify OUT --reproduce {option}`"))
-    found = open_checkpoint(given or identity).identity
+    if given is None:
+        return identity  # a repository at its commit
+    found = open_checkpoint(given).identity
     if found != identity:
         what = f"is not what the output was made from: it is {found}, that was {identity}"
-        raise VerifyError(Problem(what, str(given), "give the source of that run"))
-    return given or identity
+        raise VerifyError(Problem(what, given, "give the source of that run"))
+    return given
 
 
 def inspect(source: str | Path) -> Inspection:

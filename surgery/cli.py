@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from surgery.write import ProgressReport
 
 __all__ = ["main", "run"]
+
+GARBAGE_THRESHOLD = 200_000  # objects: to look through what importing torch makes, again and again, takes 0.2 s
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,6 +68,11 @@ _set_option = click.option(
 )
 
 
+_download_option = click.option(
+    "--download", is_flag=True, help="Fetch what is on the Hub to its client's cache first, and keep it there."
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="model-surgery", prog_name="surgery")
 def main() -> None:
@@ -75,6 +83,7 @@ def main() -> None:
 def run() -> None:
     """The `surgery` command: `main`, without the wait while the interpreter takes torch apart."""
     _open_standard_streams()
+    gc.set_threshold(GARBAGE_THRESHOLD)
     code: object = 1
     try:
         main(prog_name="surgery")
@@ -141,11 +150,13 @@ def _github(problem: Problem) -> str:
 @main.command()
 @click.argument("spec")
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
+@click.option("--config-only", is_flag=True, help="From config.json alone: no weights need to be there.")
+@_download_option
 @_set_option
 @_reporting
-def plan(spec: str, as_json: bool, settings: dict[str, str]) -> None:
+def plan(spec: str, as_json: bool, config_only: bool, download: bool, settings: dict[str, str]) -> None:
     """Say what would change, from headers alone."""
-    made = surgery.plan(spec, **settings)
+    made = surgery.plan(surgery.load(spec, **settings), config_only=config_only, download=download)
     click.echo(json.dumps(made.to_json(), indent=1) if as_json else str(made))
 
 
@@ -157,6 +168,8 @@ def plan(spec: str, as_json: bool, settings: dict[str, str]) -> None:
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Compute threads. [default: cores]")
 @click.option("--resume", is_flag=True, help="Go on where a run of the same plan was stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, at the end.")
+@click.option("--hash-sources", is_flag=True, help="Note the sha256 of every source file in the manifest.")
+@_download_option
 @_set_option
 @_reporting
 def apply(
@@ -167,16 +180,18 @@ def apply(
     workers: int | None,
     resume: bool,
     overwrite: bool,
+    hash_sources: bool,
+    download: bool,
     settings: dict[str, str],
 ) -> None:
     """Plan, then stream the result to OUT."""
-    made = surgery.plan(spec, **settings)
+    made = surgery.plan(surgery.load(spec, **settings), download=download)
     click.echo(str(made))
     try:
         with _progress() as report:
             manifest = surgery.apply(
                 made, out, memory=memory, workers=workers, device=device, overwrite=overwrite, resume=resume,
-                report=report,
+                hash_sources=hash_sources, report=report,
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = " Finished shards are kept: the same command with --resume goes on." if surgery.resumable(out) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from surgery.graph import ERROR_UNIT, Kernel, Node, Source, TiledKernel, toposort
+from surgery.graph import ERROR_UNIT, Call, Node, Source, TiledKernel, calls_below
 
 __all__ = ["DEFAULT_MEMORY", "LARGEST_TILE", "SMALLEST_TILE", "Cost", "cost_of", "tile_elements"]
 
@@ -18,6 +18,9 @@ TENSOR_BYTES = 2600  # what one output tensor takes in the plan, in the evidence
 FURTHER_BYTES = 1700  # what one tensor of a further model takes in the plan
 IN_FLIGHT_SHARE = 0.7  # of what is left; the rest is what buffer pool and allocator keep back
 WINDOW_BYTES = 32 << 20  # read and not yet written: more of it makes nothing faster
+LEAST_RANGE = 1 << 19  # of a file on the Hub
+CONNECTION_BYTES = 8 << 20  # what the client and its connections take
+MOST_PREFETCH = 256 << 20
 WORKERS_COUNTED = 4  # by `peak_memory`; each further one adds a tile
 
 
@@ -36,6 +39,7 @@ class Cost:
     cut_span: int  # of one of the spans of fixed size that a reduction is cut into; every worker may have one
     largest_whole: int  # the largest set of tensors that are needed whole at once
     largest_input: int  # the largest input of a reduction, held between its passes if there is room
+    num_remote: int  # models whose weights are read from the Hub
 
     @property
     def min_memory(self) -> int:
@@ -45,7 +49,19 @@ class Cost:
     @property
     def fixed(self) -> int:
         """What is held from the first byte to the last."""
-        return RUNTIME_BYTES + TENSOR_BYTES * self.num_tensors + FURTHER_BYTES * self.num_further
+        tables = TENSOR_BYTES * self.num_tensors + FURTHER_BYTES * self.num_further
+        hub = CONNECTION_BYTES + self.least_prefetch if self.num_remote else 0
+        return RUNTIME_BYTES + tables + hub
+
+    @property
+    def least_prefetch(self) -> int:
+        """Of what is read from the Hub: two small ranges of each model, and a few more."""
+        return LEAST_RANGE * (2 * self.num_remote + 6) if self.num_remote else 0
+
+    @property
+    def most_prefetch(self) -> int:
+        """More of what is read from the Hub makes nothing faster."""
+        return max(self.least_prefetch, MOST_PREFETCH) if self.num_remote else 0
 
     def memory(self, workers: int, tile: int, in_flight: int) -> int:
         """What `workers` with tiles of `tile` elements and `in_flight` bytes besides whole tensors take."""
@@ -68,11 +84,9 @@ class Cost:
     def peak_memory(self) -> int:
         """What `apply` uses beyond its imports, at most, with the default memory."""
         streamed = self.min_memory + self.bytes_read + self.bytes_written
-        bound = self.memory(WORKERS_COUNTED, LARGEST_TILE, WINDOW_BYTES + 2 * self.largest_input)
+        ahead = min(self.most_prefetch, self.bytes_read)
+        bound = self.memory(WORKERS_COUNTED, LARGEST_TILE, WINDOW_BYTES + 2 * self.largest_input) + ahead
         return max(self.min_memory, min(DEFAULT_MEMORY, bound, streamed))
-
-
-Call = tuple[Kernel, tuple[Node, ...]]
 
 
 def tile_elements(kernel: TiledKernel, inputs: Sequence[Node], wanted: int = SMALLEST_TILE) -> int:
@@ -82,7 +96,7 @@ def tile_elements(kernel: TiledKernel, inputs: Sequence[Node], wanted: int = SMA
     return min(max(1, wanted // kernel.tile_align) * kernel.tile_align, max(whole, kernel.align))
 
 
-def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_further: int) -> Cost:
+def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_further: int, num_remote: int) -> Cost:
     """The cost of evaluating `roots` once each."""
     groups = [_Group(call) for call in dict.fromkeys(root.call for root in roots) if not isinstance(call[0], Source)]
     return Cost(
@@ -97,6 +111,7 @@ def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_fu
         cut_span=max((group.cut_span for group in groups), default=0),
         largest_whole=max((group.whole for group in groups), default=0),
         largest_input=max((group.held for group in groups), default=0),
+        num_remote=num_remote,
     )
 
 
@@ -104,8 +119,8 @@ class _Group:
     """What evaluating one call takes, with all below it."""
 
     def __init__(self, root: Call) -> None:
-        nodes = list(toposort(root[1]))
-        calls = list(dict.fromkeys([*(node.call for node in nodes), root]))
+        calls = calls_below(root)
+        sources = {node for _, inputs in calls for node in inputs if isinstance(node.kernel, Source)}
         tiled = [(kernel, inputs) for kernel, inputs in calls if isinstance(kernel, TiledKernel)]
         self.tile = max((tile_elements(kernel, inputs) for kernel, inputs in tiled), default=0)
         between = VALUE_BYTES * (len(tiled) - 1)  # what one kernel hands to the next
@@ -123,13 +138,10 @@ class _Group:
         untiled = max(map(_untiled_bytes, calls), default=0)
         self.whole = sum(node.type.num_bytes for node in needed_whole) + untiled + states
         domain = max((kernel.domain(*(node.type for node in inputs)) for kernel, inputs in tiled), default=0)
-        read = sum(
-            node.type.num_bytes for node in nodes if isinstance(node.kernel, Source) and node not in needed_whole
-        )
+        read = sum(node.type.num_bytes for node in sources - needed_whole)
         written = sum(type_.num_bytes for type_ in root[0].infer(*(node.type for node in root[1])))
         self.width = -(-(read + written) // domain) if domain else 0
         reduces = any(kernel.reductions for kernel, _ in tiled)
-        sources = (node for node in nodes if isinstance(node.kernel, Source))
         self.held = sum(node.type.num_bytes for node in sources) if reduces else 0
 
 

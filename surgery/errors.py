@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+LONGEST_SHOWN = 3000  # characters of each part
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong: what, where (`at`), and how to mend it (`fix`)."""
@@ -39,12 +42,21 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        lines = [f"error: {self.what}"]
+        lines = [f"error: {_shown(self.what)}"]
         if self.at:
-            lines.append(f"  at   {self.at}")
+            lines.append(f"  at   {_shown(self.at)}")
         if self.fix:
-            lines.append(f"  fix  {self.fix}")
+            lines.append(f"  fix  {_shown(self.fix)}")
         return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    """`text` as a terminal may have it: names in a hostile file can be long, or move the cursor."""
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 class SurgeryError(Exception):

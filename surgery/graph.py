@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ERROR_UNIT",
     "BadValue",
+    "Call",
     "Graph",
     "Kernel",
     "Node",
@@ -40,6 +41,7 @@ __all__ = [
     "TileError",
     "TiledKernel",
     "bits_per_element",
+    "calls_below",
     "rewrite",
     "toposort",
 ]
@@ -217,16 +219,20 @@ class Node:
     digest: str
 
     @property
-    def call(self) -> tuple[Kernel, tuple[Node, ...]]:
+    def call(self) -> Call:
         """What must be evaluated to get this node: shared by all ports."""
         return (self.kernel, self.inputs)
+
+
+Call = tuple[Kernel, tuple[Node, ...]]
+"""A kernel and its inputs: one evaluation, all of whose ports come at once."""
 
 
 class Graph:
     """Makes nodes, each only once."""
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[Kernel, tuple[Node, ...]], tuple[Node, ...]] = {}
+        self._calls: dict[Call, tuple[Node, ...]] = {}
 
     def apply(self, kernel: Kernel, *inputs: Node) -> tuple[Node, ...]:
         """The ports of `kernel(*inputs)`; raises ValueError if the types do not fit."""
@@ -256,6 +262,11 @@ def toposort(roots: Iterable[Node]) -> Iterator[Node]:
             seen.add(node)
             stack.append((node, True))
             stack.extend((child, False) for child in reversed(node.inputs))
+
+
+def calls_below(call: Call) -> list[Call]:
+    """Every evaluation that `call` needs, once each, inputs before what uses them; itself last."""
+    return list(dict.fromkeys([*(node.call for node in toposort(call[1])), call]))
 
 
 Rule = Callable[[Graph, Node], Node | None]

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
-from surgery.checkpoint import ADAPTER_CONFIG, Checkpoint
-from surgery.checkpoint.paths import read_json, stands
+from surgery.checkpoint import ADAPTER_CONFIG, SourceFile
+from surgery.checkpoint.home import read_json
 from surgery.errors import OpError, Problem, VerifyError
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.op import SOURCE
 from surgery.plan import Plan, TensorPlan
 from surgery.types import text
 
-__all__ = ["MANIFEST_NAME", "Manifest", "check_bases", "make_manifest", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "Manifest", "check_bases", "hashed_models", "make_manifest", "read_manifest"]
 
 MANIFEST_NAME = "surgery-manifest.json"
 SEAL = "manifest_sha256"
@@ -56,6 +56,12 @@ class Manifest:
         )
 
     @property
+    def models(self) -> Mapping[str, Mapping[str, object]]:
+        """What it was made from: the source and the further models, their identity and files."""
+        further = cast("Mapping[str, Mapping[str, object]]", self.content.get("models", {}))
+        return {SOURCE: cast("Mapping[str, object]", self.content["source"]), **further}
+
+    @property
     def tensors(self) -> Mapping[str, Mapping[str, object]]:
         """The output tensors by name: dtype, shape, file, data_offsets, sha256, sources, ops, error."""
         return cast("Mapping[str, Mapping[str, object]]", self.content["tensors"])
@@ -63,11 +69,11 @@ class Manifest:
 
 def make_manifest(plan: Plan, source_hashes: Mapping[tuple[str, str], str], written: Sequence[FileRecord]) -> Manifest:
     """The manifest of a finished run."""
-    records = {record.name: record for file in written for record in file.tensors}
+    records = {(file.name, record.name): record for file in written for record in file.tensors}
     resolved = {key: value for key, value in plan.spec.resolved.items() if key != "params"}
     # A local path would tie the bytes to one machine.
     resolved["source"] = plan.checkpoint.identity
-    models = {name: _model(name, plan.checkpoints[name], source_hashes) for name in plan.spec.models}
+    models = {name: _model(name, plan, source_hashes) for name in plan.spec.models}
     if models:
         resolved["models"] = {name: plan.checkpoints[name].identity for name in models}
     canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -77,19 +83,34 @@ def make_manifest(plan: Plan, source_hashes: Mapping[tuple[str, str], str], writ
         "spec_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         "plan_sha256": plan.digest,
         "versions": {name: version(package) for name, package in _VERSIONS.items()},
-        "source": _model(SOURCE, plan.checkpoint, source_hashes),
+        "source": _model(SOURCE, plan, source_hashes),
         "models": models,
         **_base(plan, source_hashes),
         "files": [{"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256} for file in written],
-        "tensors": {tensor.name: _tensor(tensor, records[tensor.name]) for tensor in plan.tensors},
+        "tensors": {tensor.name: _tensor(tensor, records[tensor.file, tensor.key]) for tensor in plan.tensors},
         "dropped": {name: str(type_) for name, type_ in plan.dropped.items()},
     }
     return Manifest({**body, SEAL: _seal(body)})
 
 
 def _base(plan: Plan, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:
-    extracted = plan.config_name == ADAPTER_CONFIG and not plan.checkpoint.is_adapter
-    return {"base": _model(SOURCE, plan.checkpoint, hashes)} if extracted else {}
+    return {"base": _model(SOURCE, plan, hashes)} if _is_extracted(plan) else {}
+
+
+def _is_extracted(plan: Plan) -> bool:
+    return plan.config_name == ADAPTER_CONFIG and not plan.checkpoint.is_adapter
+
+
+def hashed_models(plan: Plan, *, hash_sources: bool) -> Collection[str]:
+    """The models whose files `apply` hashes: all if asked to, else a source that an adapter is or was extracted for.
+
+    Why not all: to hash what is read takes longer than to average it, and the identity and the headers of a checkpoint
+    are known without.
+    """
+    if hash_sources:
+        return plan.streamed
+    needed = _is_extracted(plan) or any(True for _ in _bases(plan))
+    return (SOURCE,) if needed else ()
 
 
 def check_bases(plan: Plan, hashes: Mapping[tuple[str, str], str]) -> None:
@@ -97,26 +118,38 @@ def check_bases(plan: Plan, hashes: Mapping[tuple[str, str], str]) -> None:
 
     Only now are they known: the identity that planning compares is that of a local checkpoint's headers.
     """
+    for adapter, file, sha256 in _bases(plan):
+        if sha256 != hashes.get((SOURCE, file)):
+            what = f"adapter `{adapter}` was extracted for other weights: `{file}` of the source differs"
+            at = plan.checkpoints[adapter].home.at(MANIFEST_NAME)
+            raise OpError(Problem(what, at, "give that base as the source, or set `any_base: true`"))
+
+
+def _bases(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """The files of the base that adapters were extracted for, as their manifests say: adapter, file, sha256."""
     if any(options.get("any_base") for options in plan.spec.options):
         return
     for name in plan.streamed:
         model = plan.checkpoints[name]
-        path = model.path / MANIFEST_NAME
-        base = read_json(path, model.path).get("base") if model.is_adapter and stands(path) else None
+        has_manifest = model.is_adapter and model.home.has(MANIFEST_NAME)
+        base = read_json(model.home, MANIFEST_NAME).get("base") if has_manifest else None
         files = cast("Mapping[str, object]", base).get("files") if isinstance(base, Mapping) else None
         for entry in cast("list[dict[str, object]]", files) if isinstance(files, list) else []:
-            if name != SOURCE and entry.get("sha256") != hashes.get((SOURCE, str(entry.get("name")))):
-                what = f"adapter `{name}` was extracted for other weights: `{entry.get('name')}` of the source differs"
-                raise OpError(Problem(what, str(path), "give that base as the source, or set `any_base: true`"))
+            if name != SOURCE and "sha256" in entry:
+                yield name, str(entry.get("name")), str(entry["sha256"])
 
 
-def _model(name: str, checkpoint: Checkpoint, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:
-    files = [
-        {"name": file.name, "bytes": file.header.file_bytes, "sha256": hashes[name, file.name]}
-        for file in checkpoint.files
-        if (name, file.name) in hashes  # of a model whose config alone was read there is none
-    ]
-    return {"identity": checkpoint.identity, "files": files}
+def _model(name: str, plan: Plan, hashes: Mapping[tuple[str, str], str]) -> dict[str, object]:
+    """What a model was; of one whose config alone was read there are no files."""
+    model = plan.checkpoints[name]
+    files = [_source_file(file, hashes.get((name, file.name))) for file in model.files if name in plan.streamed]
+    return {"identity": model.identity, "files": files}
+
+
+def _source_file(file: SourceFile, sha256: str | None) -> dict[str, object]:
+    header, sha256 = file.header, sha256 or file.sha256 or None
+    entry: dict[str, object] = {"name": file.name, "bytes": header.file_bytes, "header_sha256": header.sha256}
+    return entry if sha256 is None else {**entry, "sha256": sha256}
 
 
 def _seal(body: Mapping[str, object]) -> str:

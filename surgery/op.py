@@ -16,7 +16,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import NoneType
 from typing import ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -29,6 +29,8 @@ from surgery.graph import Graph, Node, Rule, Source
 
 __all__ = [
     "SOURCE",
+    "Attach",
+    "Attached",
     "Finished",
     "Model",
     "Op",
@@ -45,6 +47,7 @@ __all__ = [
 
 Selects = Literal["modules", "tensors", "checkpoint"]
 SOURCE = "source"  # what an edit calls the source among its models
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$(?!\n)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,13 @@ class Rewrite:
 
     A name that is both taken and given stays where it was; a new one follows the one given before it.
     A source tensor that none of `gives` is computed from must be in `drops`: nothing vanishes
-    unless an op says so.
+    unless an op says so. `adds` are tensors of the adapter that the edit writes, by their name in its file.
     """
 
     takes: tuple[str, ...]
     gives: Mapping[str, Node]
     drops: tuple[str, ...] = ()
+    adds: Mapping[str, Node] = field(default_factory=dict[str, Node])
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,16 @@ class Finished:
     models: Mapping[str, Model]
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """An adapter that an edit writes: what the edit saw, and the tensors that came of it."""
+
+    scene: Scene  # `scene.sites` are what it selected
+    nodes: Mapping[str, Node]  # by name in the adapter's file
+    base_name: str | None  # of the checkpoint that the adapter is for, where it has one
+    revision: str | None  # its commit on the Hub
+
+
 class Op:
     """Base of every op. `name` is set from the file's path by the registry."""
 
@@ -189,18 +203,6 @@ class Op:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One field of an op as the spec and the schema know it."""
-
-    field: str  # of the dataclass; `key` in the spec, which may be a word that Python keeps for itself
-    key: str
-    doc: str
-    required: bool
-    default: object
-    schema: Mapping[str, object]
-
-
 def doc(
     text: str,
     *,
@@ -214,6 +216,51 @@ def doc(
     The JSON type comes from `schema`, or from the field's annotation: bool, int, float, str, or a Literal.
     """
     return {"doc": text, "key": key, "examples": examples, "choices": choices, "schema": schema}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach(Op):
+    """Base of ops that write an adapter of their own, `adapters/<name>/`, and leave the checkpoint as it is."""
+
+    stem: ClassVar[str] = "adapter_model"
+
+    adapter: str = field(
+        metadata=doc(
+            "The adapter's name: it is written to `adapters/<name>/`.",
+            key="name",
+            schema={"type": "string", "pattern": ADAPTER_NAME},
+        )
+    )
+    base: str | None = field(
+        default=None,
+        metadata=doc(
+            "What the adapter's config calls the checkpoint it is for. Default: the source's Hub id and commit, or "
+            "`../..` where the checkpoint is written beside it.",
+            key="base_model_name_or_path",
+            schema={"type": "string", "minLength": 1},
+        ),
+    )
+
+    def adapter_config(self, attached: Attached) -> Mapping[str, object]:
+        """The adapter's adapter_config.json. Raises OpError if the adapter cannot be what it was to be."""
+        raise NotImplementedError
+
+    def conflicts(self, other: Op) -> str:
+        """Two adapters of one name."""
+        same = isinstance(other, Attach) and other.adapter.casefold() == self.adapter.casefold()
+        return f"both write `adapters/{self.adapter}`" if same else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of an op as the spec and the schema know it."""
+
+    field: str  # of the dataclass; `key` in the spec, which may be a word that Python keeps for itself
+    key: str
+    doc: str
+    required: bool
+    default: object
+    schema: Mapping[str, object]
 
 
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -232,17 +279,18 @@ def options_of(op: type[Op]) -> list[Option]:
     """The options of an op, in the order of its fields."""
     hints = get_type_hints(op)
     options: list[Option] = []
-    for field in dataclasses.fields(cast("type[_DataclassOp]", op)):
-        schema = dict(field.metadata["schema"] or {}) or _annotation_schema(hints[field.name])
-        if field.metadata["choices"]:
-            schema = {"enum": list(field.metadata["choices"])}
-        if field.metadata["examples"]:
-            schema["examples"] = list(field.metadata["examples"])
-        required = field.default is dataclasses.MISSING
-        default = None if required else field.default
+    for entry in dataclasses.fields(cast("type[_DataclassOp]", op)):
+        schema = dict(entry.metadata["schema"] or {}) or _annotation_schema(hints[entry.name])
+        if entry.metadata["choices"]:
+            schema = {"enum": list(entry.metadata["choices"])}
+        if entry.metadata["examples"]:
+            schema["examples"] = list(entry.metadata["examples"])
+        made = None if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        required = entry.default is dataclasses.MISSING and made is None
+        default = made if entry.default is dataclasses.MISSING else entry.default
         default = list(cast("tuple[object, ...]", default)) if isinstance(default, tuple) else default
-        key = field.metadata["key"] or field.name
-        options.append(Option(field.name, key, field.metadata["doc"], required, default, schema))
+        key = entry.metadata["key"] or entry.name
+        options.append(Option(entry.name, key, entry.metadata["doc"], required, default, schema))
     return options
 
 

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from surgery.checkpoint.architecture import Architecture
 from surgery.checkpoint.modules import Module
 from surgery.errors import Problem, SpecError
+from surgery.regexes import Limit, Regex, flaw, matching
 from surgery.spec import ALL_LINEAR, Edit
 
 __all__ = ["Match", "Selection", "select"]
+
+MOST_COMPARED = 1000  # families of names; comparing texts takes time
+LONGEST_COMPARED = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,11 @@ def _match(
         return found, [] if found else [problem]
     if not edit.patterns.regexes:
         return [Match(path, module, None) for path, module in candidates.items()], []
-    unused = dict.fromkeys(edit.patterns.regexes)
+    regexes = _limited(edit.patterns.regexes, edit.pattern_place)
+    unused = dict.fromkeys(regexes)
     matches: list[Match] = []
     for path, module in candidates.items():
-        hits = [(regex, match) for regex in edit.patterns.regexes if (match := regex.fullmatch(path))]
+        hits = [(regex, match) for regex in regexes if (match := regex.fullmatch(path))]
         if hits:
             matches.append(Match(path, module, hits[0][1]))
         for regex, _ in hits:
@@ -91,7 +96,7 @@ def _match(
 def _excepted(edit: Edit, candidates: Mapping[str, Module], selected: list[str]) -> tuple[set[str], list[Problem]]:
     excepted: set[str] = set()
     problems: list[Problem] = []
-    for regex in edit.patterns.excepts if selected else ():
+    for regex in _limited(edit.patterns.excepts, edit.except_place) if selected else ():
         hits = {path for path in selected if regex.fullmatch(path)}
         excepted |= hits
         if not hits:
@@ -102,7 +107,13 @@ def _excepted(edit: Edit, candidates: Mapping[str, Module], selected: list[str])
     return excepted, problems
 
 
-def _no_match(edit: Edit, regex: re.Pattern[str], candidates: Iterable[str]) -> Problem:
+def _limited(regexes: Iterable[re.Pattern[str]], place: str) -> list[Regex]:
+    """The same regexes, under one limit of time."""
+    limit = Limit(at=place, error=SpecError)
+    return [Regex(regex.pattern, limit) for regex in dict.fromkeys(regexes)]
+
+
+def _no_match(edit: Edit, regex: Regex, candidates: Iterable[str]) -> Problem:
     names, noun = list(candidates), edit.op.selects
     what = f"`{regex.pattern}` matches none of {len(names)} {noun}"
     fix = _slip(regex.pattern, names) if noun == "modules" else ""
@@ -110,14 +121,14 @@ def _no_match(edit: Edit, regex: re.Pattern[str], candidates: Iterable[str]) -> 
 
 
 def _slip(pattern: str, modules: list[str]) -> str:
-    """How to mend what is almost right: a tensor's name for its module's, or a misspelt `all-linear`."""
+    """How to mend what is almost right: an end of paths as in PEFT, a tensor's name, or a misspelt `all-linear`."""
     if difflib.get_close_matches(pattern, [ALL_LINEAR], 1, 0.8):
         return f"did you mean `{ALL_LINEAR}`?"
+    ends = sum(path.endswith(f".{pattern}") for path in modules)
+    if ends:
+        return f"a regex matches a path in full: did you mean `.*\\.{re.escape(pattern)}` ({ends} modules)?"
     without = re.sub(r"(\\?\.|\.\*)?(weight|bias)$", "", pattern)
-    try:
-        count = sum(re.fullmatch(without, path) is not None for path in modules)
-    except re.error:
-        return ""
+    count = 0 if without == pattern or flaw(without) else len(matching(without, modules))
     return f"these are names of tensors; their modules are `{without}` ({count} modules)" if count else ""
 
 
@@ -127,7 +138,8 @@ def _nearest(pattern: str, names: list[str], noun: str) -> str:
         family = re.sub(r"(?<![^.])\d+(?![^.])", r"\\d+", re.escape(name).replace(r"\.", "."))
         families[family] = families.get(family, 0) + 1
     written = {re.sub(r"(?<!\\)\.", r"\\.", family): count for family, count in families.items()}
-    near = difflib.get_close_matches(pattern, list(written), 1, 0.3)
+    likely = [family for family in written if len(family) <= LONGEST_COMPARED][:MOST_COMPARED]
+    near = difflib.get_close_matches(pattern[:LONGEST_COMPARED], likely, 1, 0.3)
     if not near:
         return f"`surgery inspect` lists the {noun}"
     count = written[near[0]]

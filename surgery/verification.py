@@ -12,7 +12,7 @@ from surgery.errors import Problem, VerifyError
 from surgery.evidence import FileRecord
 from surgery.manifest import MANIFEST_NAME, Manifest, read_manifest
 
-__all__ = ["compare_manifests", "verify_output"]
+__all__ = ["compare_manifests", "has_source_hashes", "verify_output"]
 
 READ_BYTES = 1 << 20
 
@@ -89,21 +89,27 @@ def _data_bytes(file: str, manifest: Manifest) -> int:
     return max(stops, default=0)
 
 
+def has_source_hashes(manifest: Manifest) -> bool:
+    """Whether it says of a file that the output was made from what its bytes were."""
+    return any("sha256" in file for model in manifest.models.values() for file in _files_of(model).values())
+
+
 def _unlike_sources(first: Manifest, second: Manifest) -> Iterator[Problem]:
-    """The identity of a local checkpoint is that of its headers; here all its bytes are known."""
-    before, after = (
-        {"source": item.content["source"], **cast("dict[str, object]", item.content.get("models", {}))}
-        for item in (first, second)
-    )
-    for name, model in before.items():
-        hashes, others = (
-            {str(file["name"]): file["sha256"] for file in cast("dict[str, list[dict[str, object]]]", entry)["files"]}
-            for entry in (model, after[name])
-        )
-        unlike = [file for file in hashes if hashes[file] != others.get(file)]
+    """The identity of a local checkpoint is that of its headers; here its bytes may be known."""
+    for name, model in first.models.items():
+        others = _files_of(second.models[name])
+        unlike = [file for file, entry in _files_of(model).items() if _differs(entry, others.get(file, {}))]
         if unlike:
             what = f"`{name}` is not what the output was made from: `{unlike[0]}` differs"
             yield Problem(what, fix="give the checkpoint of that run, unchanged")
+
+
+def _files_of(model: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
+    return {str(file["name"]): file for file in cast("list[Mapping[str, object]]", model["files"])}
+
+
+def _differs(entry: Mapping[str, object], other: Mapping[str, object]) -> bool:
+    return not other or any(other[key] != value for key, value in entry.items() if key in other)
 
 
 def compare_manifests(first: Manifest, second: Manifest) -> None:

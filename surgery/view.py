@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from surgery.checkpoint.modules import Module
+from surgery.counting import Training
 from surgery.graph import Source, bits_per_element
 from surgery.inspection import Inspection
 from surgery.manifest import Manifest
@@ -37,11 +38,21 @@ def plan_text(plan: Plan) -> str:
     counts = plan.summary()
     if counts["copy"]:
         lines.append(f"= {_count(counts['copy'], 'tensor')} copied byte for byte")
+    lines += [line for name, training in plan.training().items() for line in _training(name, training, plan)]
     lines += [f"note: {note}" for note in plan.notes]
     words = ", ".join(f"{number} {word}" for word, number in counts.items() if number) + "."
     reads, writes = format_decimal(plan.cost.bytes_read), format_decimal(plan.cost.bytes_written)
     lines.append(f"Plan: {words}  reads {reads}  writes {writes}  peak memory {format_binary(plan.cost.peak_memory)}")
     return "\n".join(lines)
+
+
+def _training(name: str, training: Training, plan: Plan) -> Iterator[str]:
+    """As PEFT prints it, and the memory."""
+    trained, total = f"{training.trainable:,d}", f"{training.total:,d}"
+    which = f"{name}: " if len(plan.adapters) > 1 else ""
+    yield f"{which}trainable params: {trained} || all params: {total} || trainable%: {training.percent:.4f}"
+    full, lora, qlora = map(format_binary, (training.full_bytes, training.lora_bytes, training.qlora_bytes))
+    yield f"{which}memory to train it: {lora}, on NF4 {qlora}; the whole model {full} (AdamW; activations not counted)"
 
 
 def _count(number: int, noun: str) -> str:
@@ -155,12 +166,18 @@ def _module_text(module: Module) -> str:
 # Manifests
 
 
+def _ratio(before: int, after: int) -> str:
+    return f"{format_decimal(before)} → {format_decimal(after)}{f' ({after / before:.1%})' if before else ''}"
+
+
 def manifest_text(manifest: Manifest) -> str:
     """What came out: bytes before and after, worst and mean error."""
     source = cast("dict[str, list[dict[str, int]]]", manifest.content["source"])
     before = sum(file["bytes"] for file in source["files"])
     after = sum(file.num_bytes for file in manifest.files if file.name.endswith(".safetensors"))
-    lines = [f"{format_decimal(before)} → {format_decimal(after)} ({after / before:.1%})"]
+    weights = [file.name for file in manifest.files if file.name.endswith(".safetensors")]
+    only_adapters = all(name.startswith("adapters/") for name in weights)
+    lines = [format_decimal(after) if only_adapters else _ratio(before, after)]
     errors = {
         name: cast("dict[str, float]", entry["error"]) for name, entry in manifest.tensors.items() if "error" in entry
     }

@@ -161,7 +161,7 @@ def test_every_option_in_the_readme_exists() -> None:
     for usage, does in documented():
         command = main.commands[usage.split()[0]]
         known = {spelling for item in command.params for spelling in item.opts}
-        assert set(re.findall(r"--[a-z]+", usage + does)) <= known
+        assert set(re.findall(r"--[a-z-]+", usage + does)) <= known
 
 
 def test_every_recipe_is_in_the_readme() -> None:
@@ -439,6 +439,14 @@ def test_verify_refuses_a_source_that_is_another(out: Path) -> None:
 
 def test_verify_finds_a_source_whose_weights_are_others_under_the_same_header(out: Path) -> None:
     flip(out.parent / "model" / "model-00001-of-00002.safetensors", -1, 7)
+    result = call("verify", "out", "--reproduce", "--source", "model")
+    assert result.exit_code == 1 and "tensor `a.weight` came out differently" in result.stderr
+
+
+def test_verify_holds_a_source_against_its_hashes_where_they_were_noted(home: Path) -> None:
+    assert call("apply", "cast.yaml", "-o", "out", "--hash-sources").exit_code == 0
+    assert call("verify", "out", "--reproduce", "--source", "model").exit_code == 0
+    flip(home / "model" / "model-00001-of-00002.safetensors", -1, 7)
     result = call("verify", "out", "--reproduce", "--source", "model")
     assert result.exit_code == 1 and "`source` is not what the output was made from" in result.stderr
 

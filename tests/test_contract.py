@@ -18,7 +18,7 @@ import surgery
 from surgery.errors import Problem
 from surgery.graph import Node, Source, TiledKernel, toposort
 from surgery.numerics.dtypes import dtype_of
-from surgery.op import Op, Rewrite, Scene, find_op, op_names, options_of
+from surgery.op import Attach, Op, Rewrite, Scene, find_op, op_names, options_of
 from surgery.plan import names as threading
 from surgery.spec import Edit
 from surgery.types import DType, TensorType
@@ -60,6 +60,12 @@ def slices(*pieces: dict[str, Any], **options: Any) -> dict[str, Any]:
     return {"op": "layers.select", "slices": list(pieces), **options}
 
 
+def attach(method: str, /, **options: Any) -> dict[str, Any]:
+    """On every Linear, but for the ops that select something else, or nothing."""
+    selecting = ALL if method in ("ia3", "lora") else {}
+    return {"op": f"attach.{method}", "name": "new", **selecting, **options}
+
+
 FIRST = {"layers": [0, 1]}
 
 CASES: dict[str, list[list[dict[str, Any]]]] = {
@@ -89,6 +95,36 @@ CASES: dict[str, list[list[dict[str, Any]]]] = {
         [NF4, fold()],
         [fold("dora"), NF4],
         [fold("ia3")],
+    ],
+    "attach.bitfit": [[attach("bitfit")], [NF4, attach("bitfit")]],
+    "attach.ia3": [[attach("ia3", feedforward=r".*(up_proj|c_proj)")], [NF4, attach("ia3")]],
+    "attach.lora": [
+        [attach("lora", rslora=True)],
+        [attach("lora", dora=True, init="gaussian", rank_pattern={r".*mlp\.\w+": 3})],
+        [attach("lora", init="pissa", rank=5, alpha=3)],
+        [NF4, attach("lora", dora=True)],
+        [fold(), attach("lora", init="pissa"), NF4],
+    ],
+    "attach.p_tuning": [
+        [attach("p_tuning", num_virtual_tokens=5, encoder="lstm")],
+        [NF4, attach("p_tuning", num_virtual_tokens=5)],
+    ],
+    "attach.parallel_adapter": [
+        [attach("parallel_adapter")],
+        [attach("parallel_adapter", placement="linear", width=4, **ALL), NF4],
+    ],
+    "attach.prefix_tuning": [
+        [attach("prefix_tuning", num_virtual_tokens=5)],
+        [attach("prefix_tuning", num_virtual_tokens=5, reparametrize="mlp"), NF4],
+    ],
+    "attach.prompt_tuning": [
+        [attach("prompt_tuning", num_virtual_tokens=5)],
+        [attach("prompt_tuning", num_virtual_tokens=5, init_tokens=[3, 1, 4]), NF4],
+        [attach("prompt_tuning", num_virtual_tokens=5, init="sample_vocab")],
+    ],
+    "attach.series_adapter": [
+        [attach("series_adapter", placement="houlsby")],
+        [attach("series_adapter", placement="before", width=4, init="zero", **ALL)],
     ],
     "layers.select": [
         [slices(FIRST, {"model": "a", "layers": [0, 1], "scale": {".*proj.*": 0.3}}, FIRST)],
@@ -164,6 +200,27 @@ CASES: dict[str, list[list[dict[str, Any]]]] = {
 }
 
 
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 40,
+        "hidden_size": 99,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": 40,
+        "n_embd": 99,
+        "n_layer": 1,
+        "n_head": 3,
+    },
+}
+
+
 def sources_for(name: str, index: int) -> tuple[str, ...]:
     """The kinds of source that a case is applied to: both, or one after the other for ops on several models."""
     if not name.startswith(("adapter.", "layers.", "merge.")):
@@ -172,6 +229,9 @@ def sources_for(name: str, index: int) -> tuple[str, ...]:
 
 
 every_op = pytest.mark.parametrize("name", op_names())
+every_op_on_tensors = pytest.mark.parametrize(
+    "name", [name for name in op_names() if not issubclass(find_op(name), Attach)]
+)
 every_source = pytest.mark.parametrize("source", ["llama", "gpt2"], indirect=True)
 every_case = pytest.mark.parametrize(
     ("name", "edits", "source"),
@@ -251,22 +311,23 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model_type, _, dtype = request.param.partition("-")
     path = tmp_path_factory.mktemp("contract") / "source"
     is_conv1d = model_type == "gpt2"
-    names = ("transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj")
+    names = ("transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj", "transformer.wte")
     if not is_conv1d:
-        names = ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj")
+        names = ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.embed_tokens")
     tensors = {
+        f"{names[2]}.weight": torch.randn(40, 99, generator=torch.Generator().manual_seed(1)),
         f"{names[0]}.weight": hostile(*LARGE),
         f"{names[0]}.bias": torch.randn(700, generator=torch.Generator().manual_seed(0)),
         f"{names[1]}.weight": hostile(83, 99),
         "norm.weight": torch.randn(99, generator=torch.Generator().manual_seed(0)),
     }
     tensors = {name: x.bfloat16() if dtype else x for name, x in tensors.items()}
-    config = {"model_type": model_type, "num_hidden_layers": 1, "n_layer": 1}
+    config = CONFIGS[model_type]
     save(path, tensors, config)
     save(path.parent / "a", tuned(tensors, 1), config)
     save(path.parent / "b", tuned(tensors, 2), config)
     shapes = [LARGE[::-1], (99, 83)] if is_conv1d else [LARGE, (83, 99)]
-    modules = dict(zip(names, shapes, strict=True))
+    modules = dict(zip(names[:2], shapes, strict=True))
     save_adapters(path.parent, modules, fan_in_fan_out=is_conv1d)
     return path
 
@@ -302,7 +363,17 @@ def op_of(edit: dict[str, Any]) -> Op:
 
 
 def read(directory: Path) -> dict[str, Tensor]:
-    (path,) = [directory] if directory.is_file() else directory.glob("*.safetensors")
+    """Every tensor of a checkpoint, and of the adapters beside it by their names in the plan."""
+    if directory.is_file():
+        return read_file(directory)
+    tensors: dict[str, Tensor] = {}
+    for path in directory.glob("**/*.safetensors"):
+        parts = path.relative_to(directory).parts[:-1]
+        tensors |= {"/".join((*parts, name)): x for name, x in read_file(path).items()}
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
 
@@ -313,7 +384,7 @@ Tensors = Mapping[tuple[str, str], Tensor]  # by model and name
 def tensors_of(plan: Any) -> Tensors:
     """Every tensor of every model of a plan."""
     checkpoints = plan.checkpoints.items()
-    return {(model, name): x for model, checkpoint in checkpoints for name, x in read(checkpoint.path).items()}
+    return {(model, name): x for model, checkpoint in checkpoints for name, x in read(checkpoint.home.path).items()}
 
 
 def evaluate(node: Node, tensors: Tensors) -> Tensor:
@@ -367,7 +438,14 @@ def test_the_size_of_a_tile_changes_no_bit(
     plan = plan_of(source, edits)
     surgery.apply(plan, tmp_path / "small", workers=1, memory=plan.cost.min_memory)
     surgery.apply(plan, tmp_path / "large", workers=2, memory="4GiB")
-    small, large = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("small", "large"))
+    small, large = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("small", "large")
+    )
     assert small == large
 
 
@@ -396,8 +474,9 @@ def test_the_manifest_states_the_error_that_was_made(
         back = plan_of(tmp_path / "out", [{"op": "quantize.dequantize", **ALL}])
         surgery.apply(back, tmp_path / "back")
         loaded = read(tmp_path / "back")
+    leaves_a_rest = any(edit.get("init") == "pissa" for edit in edits)
     for tensor, entry in manifest.tensors.items():
-        if entry["sources"] != [tensor]:
+        if entry["sources"] != [tensor] or leaves_a_rest:
             continue
         error = (loaded[tensor].double() - reads[tensor].double()).abs()
         assert ("error" in entry) >= bool(error.max()), f"{tensor} is rounded, and the manifest does not say so"
@@ -464,7 +543,7 @@ def test_the_manual_says_what_an_op_reads_writes_and_refuses(name: str) -> None:
 Rewrites = tuple[list[Rewrite], list[Problem]]
 
 
-@every_op
+@every_op_on_tensors
 @every_source
 def test_an_op_that_lets_a_tensor_vanish_is_found_out(name: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrites_of = threading._rewrites
@@ -480,7 +559,7 @@ def test_an_op_that_lets_a_tensor_vanish_is_found_out(name: str, source: Path, m
         plan_of(source, CASES[name][0])
 
 
-@every_op
+@every_op_on_tensors
 @every_source
 def test_an_op_that_lets_one_of_several_tensors_vanish_is_found_out(
     name: str, source: Path, monkeypatch: pytest.MonkeyPatch
@@ -501,6 +580,22 @@ def test_an_op_that_lets_one_of_several_tensors_vanish_is_found_out(
         edits = [{"op": "tensor.drop", "tensors": ".*"}]
     with pytest.raises(surgery.ConservationError, match="would vanish"):
         plan_of(source, edits)
+
+
+@every_source
+def test_an_adapter_that_takes_its_values_from_a_weight_must_leave_the_weight(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PiSSA takes out of a weight is in the adapter; the rest must stay in the checkpoint."""
+    rewrites_of = threading._rewrites
+
+    def forgetful(edit: Edit, scene: Scene) -> Rewrites:
+        rewrites, problems = rewrites_of(edit, scene)
+        return [Rewrite(rewrite.takes, {}, adds=rewrite.adds) for rewrite in rewrites], problems
+
+    monkeypatch.setattr(threading, "_rewrites", forgetful)
+    with pytest.raises(surgery.ConservationError, match="would vanish"):
+        plan_of(source, [attach("lora", init="pissa")])
 
 
 def test_dtypes_that_torch_lacks_are_copied_as_bytes(tmp_path: Path) -> None:

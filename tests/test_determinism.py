@@ -210,13 +210,12 @@ def test_every_source_tensor_is_accounted_for(convert: Convert, tmp_path: Path) 
 
 def test_the_manifest_hashes_are_those_of_the_files_and_tensors(convert: Convert, tmp_path: Path) -> None:
     source = models.llama(tmp_path / "source")
-    out = convert(source, MIXED, shard_size="60KB")
+    out = convert(source, MIXED, shard_size="60KB", hash_sources=True)
     manifest = json.loads((out / "surgery-manifest.json").read_bytes())
     found = hashes(out)
     found.pop("surgery-manifest.json")
     assert {file["name"]: file["sha256"] for file in manifest["files"]} == found
-    source_file = source / "model.safetensors"
-    assert manifest["source"]["files"][0]["sha256"] == hashlib.sha256(source_file.read_bytes()).hexdigest()
+    assert manifest["source"]["files"] == [file_of(source / "model.safetensors", hashed=True)]
     for entry in manifest["tensors"].values():
         start = header_of(out / entry["file"])[1]
         first, last = (start + offset for offset in entry["data_offsets"])
@@ -224,9 +223,27 @@ def test_the_manifest_hashes_are_those_of_the_files_and_tensors(convert: Convert
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
 
 
-def test_an_output_verifies_and_can_be_made_again(convert: Convert, tmp_path: Path) -> None:
+def file_of(path: Path, *, hashed: bool) -> dict[str, object]:
+    """A source file as a manifest has it."""
+    data = path.read_bytes()
+    header = hashlib.sha256(data[: header_of(path)[1]]).hexdigest()
+    sha256 = {"sha256": hashlib.sha256(data).hexdigest()} if hashed else {}
+    return {"name": path.name, "bytes": len(data), "header_sha256": header, **sha256}
+
+
+def test_of_a_source_the_headers_alone_are_hashed_unless_one_asks(convert: Convert, tmp_path: Path) -> None:
     source = models.llama(tmp_path / "source")
-    out = convert(source, MIXED, shard_size="60KB")
+    out, hashed = convert(source, MIXED), convert(source, MIXED, hash_sources=True)
+    manifests = [json.loads((path / "surgery-manifest.json").read_bytes()) for path in (out, hashed)]
+    files = [manifest["source"].pop("files") for manifest in manifests]
+    assert files == [[file_of(source / "model.safetensors", hashed=is_hashed)] for is_hashed in (False, True)]
+    assert [manifest.pop("manifest_sha256") for manifest in manifests] and manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("hash_sources", [False, True])
+def test_an_output_verifies_and_can_be_made_again(hash_sources: bool, convert: Convert, tmp_path: Path) -> None:
+    source = models.llama(tmp_path / "source")
+    out = convert(source, MIXED, shard_size="60KB", hash_sources=hash_sources)
     surgery.verify(out)
     surgery.verify(out, reproduce=True, source=str(source))
 
@@ -256,6 +273,20 @@ EDITS_OF_EVERY_OP: dict[str, list[dict[str, Any]]] = {
     "adapter.convert": [{"op": "adapter.convert", "to": "adapterhub", "base": "a"}],
     "adapter.extract": [{"op": "adapter.extract", "models": "a", "modules": "all-linear", "rank": 4}],
     "adapter.fold": [{"op": "adapter.fold", "models": "lora"}, NF4],
+    "attach.bitfit": [{"op": "attach.bitfit", "name": "new", "tensors": r".*norm\.weight"}],
+    "attach.ia3": [{"op": "attach.ia3", "name": "new", "modules": "all-linear", "feedforward": r".*down_proj"}],
+    "attach.lora": [
+        {"op": "attach.lora", "name": "pissa", "modules": "all-linear", "init": "pissa"},
+        {"op": "attach.lora", "name": "new", "modules": "all-linear", "dora": True},
+        {"op": "attach.lora", "name": "last", "modules": "all-linear", "init": "gaussian"},
+    ],
+    "attach.p_tuning": [{"op": "attach.p_tuning", "name": "new", "num_virtual_tokens": 5}],
+    "attach.parallel_adapter": [{"op": "attach.parallel_adapter", "name": "new"}],
+    "attach.prefix_tuning": [{"op": "attach.prefix_tuning", "name": "new", "num_virtual_tokens": 5}],
+    "attach.prompt_tuning": [
+        {"op": "attach.prompt_tuning", "name": "new", "num_virtual_tokens": 5, "init_tokens": [3, 1, 4]}
+    ],
+    "attach.series_adapter": [{"op": "attach.series_adapter", "name": "new"}],
     "layers.select": [
         {"op": "layers.select", "slices": [{"layers": [1, 2]}, {"model": "a", "layers": [0, 2], "scale": {".*": 0.5}}]}
     ],

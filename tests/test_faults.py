@@ -1,6 +1,7 @@
 """Kill, stop, corrupt, fill the disk: OUT is whole or absent, and the message says what happened."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,10 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import surgery
+from surgery.write import target
 
 NUM_TENSORS = 120
 PATIENCE = 60  # seconds until a run that does not come to the point is given up
-SPEC = {"edits": [{"op": "tensor.cast", "tensors": ".*", "dtype": "float16"}], "output": {"shard_size": "8KiB"}}
+CAST = {"op": "tensor.cast", "tensors": ".*", "dtype": "float16"}
+SPEC = {"edits": [CAST], "output": {"shard_size": "8KiB"}}
+NF4 = {"op": "quantize.nf4", "modules": "all-linear"}
+SINGLE = {**NF4, "double_quant": False}
 
 
 def checkpoint(path: Path, tensors: dict[str, Tensor], model_type: str = "llama") -> Path:
@@ -298,6 +303,76 @@ def test_resume_without_anything_to_resume_is_a_run(source: Path, tmp_path: Path
     assert bytes_of(tmp_path / "out") == whole
 
 
+# Writing past the page cache
+
+LARGE = {f"{name}.weight": torch.linspace(-1, 1, 700 * 612).reshape(700, 612) for name in "ab"} | {"c": torch.ones(5)}
+
+
+@pytest.fixture
+def directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small a file is, it is written a few blocks at a time."""
+    monkeypatch.setattr(target, "SMALLEST_DIRECT", 0)
+    monkeypatch.setattr(target, "GATHERED_BYTES", 4 * target.BLOCK_BYTES)
+
+
+def refuse_direct_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(path, flags, *mode)
+
+    original = os.open
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def refuse_direct_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, data: memoryview, position: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(fd, data, position)
+
+    original = os.pwrite
+    monkeypatch.setattr(os, "pwrite", refuse)
+
+
+def write_little_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, position: original(fd, data[:4096], position))
+
+
+SYSTEMS = (lambda monkeypatch: None, refuse_direct_opening, refuse_direct_writing, write_little_at_once)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="there is no such thing here")
+@pytest.mark.parametrize("edit", [CAST, NF4, SINGLE], ids=["cast", "nf4", "nf4 without double_quant"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_bytes_are_the_same_past_the_page_cache(
+    edit: dict[str, Any], system: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = checkpoint(tmp_path / "source", LARGE)
+    surgery.apply(plan_of(source, edit), tmp_path / "plain")
+    request.getfixturevalue("directly")
+    with pytest.MonkeyPatch.context() as patch:
+        system(patch)
+        surgery.apply(plan_of(source, edit), tmp_path / "direct")
+    assert bytes_of(tmp_path / "direct") == bytes_of(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("at", [0, 1, 40, 100])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_a_disk_that_fails_past_the_page_cache_leaves_nothing(
+    call: str, at: int, directly: None, source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, call, Failing(getattr(os, call), errno.ENOSPC, at))
+        with pytest.raises(surgery.OutputError, match=os.strerror(errno.ENOSPC)):
+            surgery.apply(plan_of(source), out)
+    assert not out.exists()
+    surgery.apply(plan_of(source), out, resume=True)
+    assert bytes_of(out) == whole
+
+
 # Sources that fail
 
 
@@ -343,8 +418,6 @@ def test_a_source_that_is_written_to_while_it_is_read_is_refused(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-NF4 = {"op": "quantize.nf4", "modules": "all-linear"}
-SINGLE = {**NF4, "double_quant": False}
 FP4 = {**NF4, "op": "quantize.fp4"}
 
 

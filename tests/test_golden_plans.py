@@ -28,9 +28,23 @@ SETTINGS = {  # models beside the source, by parameter
     "combine-loras": {"first": "lora", "second": "lora2"},
     "extract-lora": {"tuned": "tuned"},
     "fold-lora": {"adapter": "lora"},
-    "qlora": {"adapter": "lora"},
+    "fold-qlora": {"adapter": "lora"},
     "slerp": {"other": "tuned"},
     "ties": {"first": "tuned", "second": "lora"},
+}
+
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
 }
 
 
@@ -54,7 +68,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(
         {**tensors, "model.norm.weight": weight(64), "lm_head.weight": weight(96, 64)}, path / "model.safetensors"
     )
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    (path / "config.json").write_text(json.dumps(CONFIG))
     (path / "tokenizer.json").write_text("{}")
     (path / "pytorch_model.bin").write_bytes(b"left behind")
     models.tuned(path.parent / "tuned", path)
@@ -171,7 +185,7 @@ def test_every_tensor_of_a_recipe_says_which_models_it_comes_from(name: str, lla
 def test_the_output_of_a_recipe_can_be_made_again(name: str, llama: Path, tmp_path: Path) -> None:
     plan = plan_of(name, llama)
     surgery.apply(plan, tmp_path / "out")
-    places = {model: str(checkpoint.path) for model, checkpoint in plan.checkpoints.items()}
+    places = {model: str(checkpoint.home.path) for model, checkpoint in plan.checkpoints.items()}
     source = places.pop("source")
     surgery.verify(tmp_path / "out", reproduce=True, source=source, models=places)
 

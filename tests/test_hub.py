@@ -1,20 +1,15 @@
 """Sources on the Hub: the true client against a Hub of our own on the loopback, pinned, and never a pickle."""
 
-import hashlib
 import json
-import os
 import re
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 import torch
+from hub import Hub, command, files_of, serving
 from jsonschema import Draft202012Validator
 from safetensors.torch import save_file
 
@@ -24,79 +19,6 @@ ROOT = Path(__file__).parents[1]
 REPO = "org/tiny"
 OLD, NEW = "0" * 39 + "1", "a" * 40
 PICKLES = ("pytorch_model.bin", "optimizer.pt", "onnx/model.onnx", "tf_model.h5")
-
-
-class Hub(ThreadingHTTPServer):
-    """What a Hub answers to a client that downloads a model."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files: dict[str, dict[str, bytes]] = {}  # by commit
-        self.revisions = {"main": NEW, "v1": OLD, "refs/pr/1": OLD, OLD: OLD, NEW: NEW}
-        self.asked: list[tuple[str, str]] = []
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-    def answer(self) -> None:
-        path = self.path.partition("?")[0]
-        self.server.asked.append((self.command, unquote(path)))
-        parts = [unquote(part) for part in path.strip("/").split("/")]
-        if f"/{REPO}" not in unquote(path):
-            self.send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        elif parts[0] == "api":
-            self.answer_api(parts[4:])
-        else:
-            self.answer_file(parts[3], "/".join(parts[4:]))
-
-    def answer_api(self, parts: list[str]) -> None:
-        verb, revision = parts or ("revision", "main")
-        commit = self.server.revisions.get(revision)
-        if commit is None:
-            self.send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-            return
-        files = self.server.files[commit]
-        content: object = {"id": REPO, "modelId": REPO, "sha": commit, "siblings": [{"rfilename": n} for n in files]}
-        if verb == "tree":
-            content = [{"type": "file", "path": n, "size": len(raw), "oid": etag(raw)} for n, raw in files.items()]
-        self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-    def answer_file(self, revision: str, name: str) -> None:
-        commit = self.server.revisions.get(revision, "")
-        raw = self.server.files.get(commit, {}).get(name)
-        if raw is None:
-            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return
-        self.send(200, raw, {"ETag": f'"{etag(raw)}"', "X-Repo-Commit": commit})
-
-    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-def etag(raw: bytes) -> str:
-    return hashlib.sha256(raw).hexdigest()[:40]
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +38,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(local: Path) -> Iterator[Hub]:
-    server = Hub()
-    files = {str(path.relative_to(local)): path.read_bytes() for path in local.rglob("*") if path.is_file()}
-    server.files = {NEW: files, OLD: {**files, "tokenizer.json": b'{"old": 1}'}}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    files = files_of(local)
+    with serving(
+        REPO,
+        {"main": NEW, "v1": OLD, "refs/pr/1": OLD},
+        {NEW: files, OLD: {**files, "tokenizer.json": b'{"old": 1}'}},
+    ) as hub:
+        yield hub
 
 
 @pytest.fixture
@@ -133,24 +53,6 @@ def home(tmp_path: Path) -> Path:
     edits = "edits:\n  - {op: quantize.nf4, modules: all-linear}\n"
     (tmp_path / "spec.yaml").write_text(f"version: 1\nparams: {{model: {REPO}}}\nsource: ${{model}}\n{edits}")
     return tmp_path
-
-
-def command(home: Path, hub: Hub, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    ours = {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home / "cache"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "surgery", *arguments],
-        cwd=home,
-        env={**kept, **ours, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def manifest_of(out: Path) -> dict[str, Any]:
@@ -174,11 +76,21 @@ def test_the_manifest_names_the_commit(home: Path, hub: Hub) -> None:
     Draft202012Validator(json.loads((ROOT / "schemas" / "manifest.v1.schema.json").read_text())).validate(manifest)
 
 
-def test_no_pickle_is_fetched(home: Path, hub: Hub) -> None:
-    run = command(home, hub, "plan", "spec.yaml")
+@pytest.mark.parametrize("option", [[], ["--download"]], ids=["streamed", "downloaded"])
+def test_no_pickle_is_fetched(option: list[str], home: Path, hub: Hub) -> None:
+    run = command(home, hub, "apply", "spec.yaml", "-o", "out", *option)
     assert run.returncode == 0, run.stderr
     fetched = {path.rpartition(f"{NEW}/")[2] for _, path in hub.asked if "/resolve/" in path}
     assert fetched == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+def test_a_plan_from_the_config_alone_fetches_the_config_alone(home: Path, hub: Hub) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = json.dumps({"model_type": "llama", "vocab_size": 96, **sizes})
+    hub.files[NEW] = {**hub.files[NEW], "config.json": config.encode()}
+    run = command(home, hub, "plan", "spec.yaml", "--config-only")
+    assert run.returncode == 0, run.stderr
+    assert {path.rpartition(f"{NEW}/")[2] for _, path in hub.asked if "/resolve/" in path} == {"config.json"}
 
 
 @pytest.mark.parametrize(("revision", "commit"), [("v1", OLD), ("refs/pr/1", OLD), (OLD, OLD), ("main", NEW)])
@@ -217,7 +129,7 @@ def test_models_of_a_merge_come_from_the_hub_and_can_be_made_again(home: Path, h
 
 
 def test_a_repository_in_the_cache_of_the_client_is_a_source(home: Path, hub: Hub) -> None:
-    assert command(home, hub, "plan", "spec.yaml").returncode == 0
+    assert command(home, hub, "plan", "spec.yaml", "--download").returncode == 0
     (repository,) = (home / "cache" / "hub").glob("models--*")
     run = command(home, hub, "plan", "spec.yaml", "--json", "--set", f"model={repository}", HF_HUB_OFFLINE="1")
     assert json.loads(run.stdout)["source"] == f"{REPO}@{NEW}"
@@ -227,7 +139,7 @@ def test_a_repository_in_the_cache_of_the_client_is_a_source(home: Path, hub: Hu
 
 
 def test_a_cached_commit_needs_no_network(home: Path, hub: Hub) -> None:
-    assert command(home, hub, "plan", "spec.yaml").returncode == 0
+    assert command(home, hub, "plan", "spec.yaml", "--download").returncode == 0
     num_asked = len(hub.asked)
     run = command(home, hub, "plan", "spec.yaml", "--json", HF_HUB_OFFLINE="1")
     assert json.loads(run.stdout)["source"] == f"{REPO}@{NEW}"

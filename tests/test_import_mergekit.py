@@ -338,7 +338,10 @@ def test_a_parameter_of_another_method_is_left_out_with_a_note(tmp_path: Path) -
     ("config", "what"),
     [
         ("modules: {a: {slices: []}}\nmerge_method: linear\n", "names no model"),
-        (f"models: [{{model: a/b, parameters: {{weight: 1{'0' * 400}}}}}]\nmerge_method: linear\n", "not a number"),
+        (
+            f"models: [{{model: a/b, parameters: {{weight: 1{'0' * 400}}}}}]\nmerge_method: linear\n",
+            "a number of 401 characters",
+        ),
     ],
     ids=["empty", "huge"],
 )

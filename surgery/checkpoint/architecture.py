@@ -33,7 +33,7 @@ class Kind(Enum):
 
 EMBEDDINGS = re.compile(
     r"(.*\.)?(embed_tokens|tokens_embed|positions_embed|tok_embeddings|embed_positions|embed_in|wte|wpe|shared|word_embeddings|embeddings?"
-    r"|position_embeddings?|token_embeddings?|token_type_embeddings|relative_attention_bias|embed_tokens_per_layer|embed_tokens_extend)"
+    r"|position_embeddings?|token_embeddings?|token_type_embeddings|relative_attention_bias|rel_embeddings|embed_tokens_per_layer|embed_tokens_extend)"
 )
 HEADS = re.compile(
     r"(.*\.)?(lm_head|embed_out|output_projection)|cls\.predictions\.decoder|output|generator_lm_head"
@@ -123,7 +123,9 @@ TABLE = (
     ),
     Architecture(("bart", "mbart", "pegasus", "marian", "m2m_100"), heads=("lm_head",), tied=True, prefix="model"),
     Architecture(("whisper",), heads=("proj_out",), tied=True, prefix="model"),
-    Architecture(("vit", "dinov2", "deit"), prefix="vit"),
+    Architecture(("vit",), prefix="vit"),
+    Architecture(("dinov2",), prefix="dinov2"),
+    Architecture(("deit",), prefix="deit"),
     Architecture(("clip", "siglip")),
 )  # fmt: skip
 

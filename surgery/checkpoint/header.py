@@ -14,15 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from surgery.checkpoint.paths import is_text, open_regular
+from surgery.checkpoint.paths import is_text, open_regular, unrepeated
 from surgery.errors import CheckpointError, Problem
 from surgery.types import DType, TensorType
 
-__all__ = ["METADATA_KEY", "Extent", "Header", "encode_header", "read_header"]
+__all__ = [
+    "MAX_NAME",
+    "METADATA_KEY",
+    "Extent",
+    "Header",
+    "encode_header",
+    "is_name",
+    "parse_header",
+    "read_header",
+]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference parser's limit
 LENGTH_BYTES = 8
 METADATA_KEY = "__metadata__"  # the one entry of a header that is no tensor
+MAX_TENSORS = 1_000_000  # tensors in one file; the largest models have a few hundred thousand in all
+MAX_NAME = 500  # characters; the names of models have a tenth of that
+MAX_DEPTH = 64
 MAX_DIMENSIONS = 64  # as many as torch and numpy know
 
 
@@ -46,19 +58,28 @@ class Header:
     sha256: str  # of the length field and the header
 
 
+def is_name(name: str) -> bool:
+    """Whether a tensor can be called so: one line of text, of bounded length and depth."""
+    return 0 < len(name) <= MAX_NAME and name.count(".") <= MAX_DEPTH and name.isprintable()
+
+
 class _Refused(Exception):
     """Why a header does not hold; becomes a `CheckpointError` with the file's name."""
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of the regular file `path`. Raises CheckpointError naming file and tensor."""
+    with open_regular(path) as file:
+        return parse_header(file, os.fstat(file.fileno()).st_size, str(path))
+
+
+def parse_header(file: BinaryIO, file_bytes: int, at: str) -> Header:
+    """Read and check the header at the start of `file`, of which no more is read. Raises CheckpointError."""
     try:
-        with open_regular(path) as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            return _parse(file, file_bytes)
+        return _parse(file, file_bytes)
     except _Refused as refused:
         fix = "download or copy the file again; it is damaged, or not a safetensors file"
-        raise CheckpointError(Problem(str(refused), str(path), fix)) from None
+        raise CheckpointError(Problem(str(refused), at, fix)) from None
 
 
 def _parse(file: BinaryIO, file_bytes: int) -> Header:
@@ -83,19 +104,12 @@ def _parse(file: BinaryIO, file_bytes: int) -> Header:
 def _decode(raw: bytes) -> dict[str, object]:
     if not raw.startswith(b"{"):
         raise _Refused("has a header that does not start with `{`")
+    if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b"[") > 2 * MAX_TENSORS:
+        raise _Refused(f"has a header of more than {MAX_TENSORS} tensors")
     try:
-        return cast(dict[str, object], json.loads(raw, object_pairs_hook=_no_duplicates))
+        return cast(dict[str, object], json.loads(raw, object_pairs_hook=unrepeated))
     except (ValueError, RecursionError) as error:
         raise _Refused(f"has a header that is not JSON: {error}") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise _Refused(f"has a header that names `{twice}` twice")
-    return result
 
 
 def _metadata(entry: object) -> dict[str, str]:
@@ -113,8 +127,8 @@ def _extent(name: str, entry: object, data_start: int) -> Extent:
         raise _Refused(f"has tensor `{name}` of more than {MAX_DIMENSIONS} dimensions")
     if not isinstance(fields.get("dtype"), str) or shape is None or offsets is None or len(offsets) != 2:
         raise _Refused(f"has a header whose entry of `{name}` lacks a valid dtype, shape or data_offsets")
-    if not is_text(name) or "\0" in name or not name:
-        raise _Refused(f"has a tensor with the impossible name {name!r}")
+    if not is_name(name):
+        raise _Refused(f"has a tensor with the impossible name {name[:MAX_NAME]!r}")
     dtype_name = cast(str, fields["dtype"])
     try:
         type_ = TensorType(DType.from_disk(dtype_name), shape)

@@ -1,4 +1,4 @@
-"""Where a source lies: a directory, a file, or a Hub repository fetched at a pinned commit."""
+"""Where a source lies: a directory, a file, or a Hub repository at a pinned commit, fetched or read where it is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.checkpoint.paths import stands
+from surgery.checkpoint.paths import read_small, stands
+from surgery.checkpoint.remote import hub_problem
+from surgery.checkpoint.repository import COMMIT, Repository, list_repository
 from surgery.errors import CheckpointError, Problem
 
-__all__ = ["Location", "locate"]
+__all__ = ["Location", "find", "locate"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "onnx/*", "openvino/*")
 
 
@@ -25,8 +26,37 @@ class Location:
     hub: str = ""
 
 
-def locate(source: str) -> Location:
-    """The place `source` names; a local path wins over a Hub id. Raises CheckpointError."""
+def find(source: str, *, download: bool) -> Location | Repository:
+    """The place `source` names; a local path wins over a Hub id. Raises CheckpointError.
+
+    A Hub repository is resolved to its commit; it is fetched to the client's cache if `download` says so, and looked
+    for there if the Hub cannot be reached.
+    """
+    local = _local(source)
+    if local or download:
+        return local or _fetch(source, None)
+    repo, _, revision = source.partition("@")
+    try:
+        return list_repository(repo, revision)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the client raises its own, httpx's and OSErrors alike
+        found = _fetched(repo, revision) if type(error).__name__ != "RevisionNotFoundError" else None
+        if found is None:
+            raise CheckpointError(hub_problem(source, error)) from error
+        return found
+
+
+def locate(source: str, patterns: tuple[str, ...] | None = None) -> Location:
+    """A local path, or where a Hub repository was fetched to. Raises CheckpointError.
+
+    Of a repository, only files that match one of `patterns` are fetched; by default all but foreign weights.
+    """
+    return _local(source) or _fetch(source, patterns)
+
+
+def _local(source: str) -> Location | None:
+    """None for what can only be a Hub id."""
     path = Path(source).expanduser()
     if stands(path):
         return _cached(path) or Location(path)
@@ -35,7 +65,7 @@ def locate(source: str) -> Location:
         if not path.is_absolute():
             fix += f"; a relative path starts where you are, in {Path.cwd()}"
         raise CheckpointError(Problem("does not exist", source, fix))
-    return _fetch(source)
+    return None
 
 
 def _cached(path: Path) -> Location | None:
@@ -44,7 +74,13 @@ def _cached(path: Path) -> Location | None:
         return None
     main = path / "refs" / "main"
     found = sorted(snapshot.name for snapshot in (path / "snapshots").iterdir())
-    commit = main.read_text().strip() if main.is_file() else found[0] if len(found) == 1 else ""
+    commit = (
+        read_small(main, path).decode(errors="replace").strip()
+        if main.is_file()
+        else found[0]
+        if len(found) == 1
+        else ""
+    )
     if commit not in found or not COMMIT.fullmatch(commit):
         what = f"is a Hub cache with {len(found)} snapshots and no `refs/main` among them"
         raise CheckpointError(Problem(what, str(path), "name one: its directory below `snapshots`"))
@@ -52,7 +88,21 @@ def _cached(path: Path) -> Location | None:
     return Location(path / "snapshots" / commit, f"{repository}@{commit}")
 
 
-def _fetch(source: str) -> Location:
+def _fetched(repo: str, revision: str) -> Location | None:
+    """What the client's cache holds of a revision, where the Hub cannot be asked."""
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
+    try:
+        found = snapshot_download(
+            repo, revision=revision or None, ignore_patterns=list(NOT_FETCHED), local_files_only=True
+        )
+    except Exception:  # not there, or not all of it
+        return None
+    path = Path(found)
+    return Location(path, f"{repo}@{path.name}") if COMMIT.fullmatch(path.name) else None
+
+
+def _fetch(source: str, patterns: tuple[str, ...] | None) -> Location:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.utils import disable_progress_bars
 
@@ -60,22 +110,16 @@ def _fetch(source: str) -> Location:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        found = snapshot_download(repo_id, revision=revision or None, ignore_patterns=list(NOT_FETCHED))
+        found = snapshot_download(
+            repo_id,
+            revision=revision or None,
+            allow_patterns=None if patterns is None else list(patterns),
+            ignore_patterns=list(NOT_FETCHED),
+        )
     except Exception as error:  # the client raises its own, httpx's and OSErrors alike
-        raise CheckpointError(_hub_problem(source, error)) from error
+        raise CheckpointError(hub_problem(source, error)) from error
     path = Path(found)
     if not COMMIT.fullmatch(path.name):
         what = f"the Hub client did not say at which commit it fetched {repo_id}"
         raise CheckpointError(Problem(what, source, "pin one: org/name@<commit>"))
     return Location(path, f"{repo_id}@{path.name}")
-
-
-def _hub_problem(source: str, error: Exception) -> Problem:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    fixes = {
-        "RepositoryNotFoundError": "check the name, and log in with `hf auth login` if the repository is private",
-        "GatedRepoError": "accept its terms on the Hub, and log in with `hf auth login`",
-        "RevisionNotFoundError": "check what follows the @",
-    }
-    fix = fixes.get(type(error).__name__, "check the network and HF_ENDPOINT, or give a local directory")
-    return Problem(f"is no local path, and cannot be had from the Hub: {first_line}", source, fix)

@@ -55,15 +55,16 @@ def modules_of(tensors: Mapping[str, TensorType], architecture: Architecture) ->
 
 
 def _children(paths: Mapping[str, object]) -> dict[str, set[str]]:
-    children: dict[str, set[str]] = {"": set()}
-    for path in paths:
-        parent = path
-        while parent:
-            parent, _, name = parent.rpartition(".")
-            siblings = children.setdefault(parent, set())
-            if name in siblings:
-                break
-            siblings.add(name)
+    """The modules in each parent of `paths`, with and without tensors of their own."""
+    children: dict[str, set[str]] = {path.rpartition(".")[0]: set() for path in paths}
+    seen: set[str] = set()
+    for node in paths:
+        while node and node not in seen:
+            if node in children:
+                seen.add(node)
+            node, _, name = node.rpartition(".")
+            if node in children:
+                children[node].add(name)
     return children
 
 

@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from surgery.errors import CheckpointError, Problem
 
-__all__ = ["SideFiles", "contained", "is_text", "open_regular", "read_json", "side_files", "stands"]
+__all__ = [
+    "ADAPTER_BESIDE",
+    "SideFiles",
+    "assorted",
+    "check_small",
+    "contained",
+    "decode_json",
+    "is_text",
+    "open_regular",
+    "read_json",
+    "read_small",
+    "side_files",
+    "stands",
+    "unrepeated",
+]
 
 # Weights in other containers: copies of the tensors that an edit would leave stale.
 FOREIGN_WEIGHTS = (
@@ -19,8 +34,11 @@ FOREIGN_WEIGHTS = (
     ".tflite", ".mlmodel", ".npz", ".safetensors",
 )  # fmt: skip
 FOREIGN_DIRECTORIES = ("onnx", "openvino", "coreml")
+ADAPTER_BESIDE = "adapter_config.json"  # beside a base, transformers puts the adapter that it names into the model
 WRITTEN_ANEW = ("model.safetensors.index.json", "surgery-manifest.json")
-MAX_JSON_BYTES = 256 << 20  # an index of a million tensors has about half of that
+MAX_JSON_BYTES = 128 << 20  # an index of a million tensors has about that
+MAX_OBJECTS = 1_000_000
+DOWNLOAD_AGAIN = "download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +51,13 @@ class SideFiles:
 
 def is_text(value: object) -> bool:
     """Whether `value` is a string that can be written: JSON and file systems know some that cannot."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def stands(path: Path) -> bool:
@@ -57,11 +81,16 @@ def contained(path: Path, directory: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         what = f"is a link that leads nowhere: {_reason(error)}"
         raise CheckpointError(Problem(what, str(path), "replace the link by the file itself")) from None
-    root = home.parent.parent if home.parent.name == "snapshots" else home
-    if not real.is_relative_to(root):
+    if not any(real.is_relative_to(root) for root in _roots(home)):
         what = f"is a link that leads out of the checkpoint, to {real}"
         raise CheckpointError(Problem(what, str(path), "replace the link by the file itself"))
     return real
+
+
+def _roots(home: Path) -> tuple[Path, ...]:
+    repository = home.parent.parent
+    is_cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    return (home, repository / "blobs") if is_cached else (home,)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -81,16 +110,42 @@ def _reason(error: Exception) -> str:
 
 def read_json(path: Path, directory: Path) -> dict[str, object]:
     """The JSON object in a file of the checkpoint. Raises CheckpointError for anything else."""
-    fix = "download it again"
+    return decode_json(read_small(path, directory), str(path))
+
+
+def read_small(path: Path, directory: Path) -> bytes:
+    """All of a file of the checkpoint that is no weights. Raises CheckpointError, also for one of unlikely size."""
     with open_regular(contained(path, directory)) as file:
-        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
-            raise CheckpointError(Problem(f"has more than {MAX_JSON_BYTES} bytes", str(path), fix))
-        try:
-            content: object = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(Problem(f"is not JSON: {error}", str(path), fix)) from None
+        check_small(os.fstat(file.fileno()).st_size, str(path))
+        return file.read()
+
+
+def unrepeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON. Raises ValueError for a key that stands twice, of which readers take either."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it names `{twice}` twice")
+    return result
+
+
+def check_small(num_bytes: int, at: str) -> None:
+    """Raises CheckpointError for more than what is read at once."""
+    if num_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(Problem(f"has more than {MAX_JSON_BYTES} bytes", at, DOWNLOAD_AGAIN))
+
+
+def decode_json(raw: bytes, at: str) -> dict[str, object]:
+    """The JSON object that a file holds. Raises CheckpointError for anything else."""
+    if raw.count(b"{") + raw.count(b"[") > MAX_OBJECTS:
+        raise CheckpointError(Problem(f"holds more than {MAX_OBJECTS} objects and lists", at, DOWNLOAD_AGAIN))
+    try:
+        content: object = json.loads(raw, object_pairs_hook=unrepeated)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(Problem(f"is not JSON: {error}", at, DOWNLOAD_AGAIN)) from None
     if not isinstance(content, dict):
-        raise CheckpointError(Problem("is not a JSON object", str(path), fix))
+        raise CheckpointError(Problem("is not a JSON object", at, DOWNLOAD_AGAIN))
     return cast(dict[str, object], content)
 
 
@@ -99,18 +154,24 @@ def side_files(directory: Path, written: tuple[str, ...]) -> SideFiles:
 
     Raises CheckpointError for a link that leads out, or a nameless file.
     """
+    sides = assorted([path.relative_to(directory).as_posix() for path in _walk(directory)], written)
+    for name in (*sides.copied, *sides.left):
+        if not name.isprintable():
+            raise CheckpointError(Problem(f"has a file whose name is no text: {name!r}", str(directory), "rename it"))
+    for name in sides.copied:
+        open_regular(contained(directory / name, directory)).close()
+    return sides
+
+
+def assorted(names: Iterable[str], written: tuple[str, ...]) -> SideFiles:
+    """Which of the files beside those that are `written` anew are copied, and which are left behind."""
     copied: list[str] = []
     left: list[str] = []
-    for path in _walk(directory):
-        name = path.relative_to(directory).as_posix()
+    for name in names:
         if name in written or name in WRITTEN_ANEW:
             continue
-        foreign = name.split("/")[0] in FOREIGN_DIRECTORIES or path.suffix in FOREIGN_WEIGHTS
-        (left if foreign or name.endswith(".index.json") else copied).append(name)
-    for name in copied:
-        if not is_text(name):
-            raise CheckpointError(Problem(f"has a file whose name is no text: {name!r}", str(directory), "rename it"))
-        open_regular(contained(directory / name, directory)).close()
+        foreign = name.split("/")[0] in FOREIGN_DIRECTORIES or PurePosixPath(name).suffix in FOREIGN_WEIGHTS
+        (left if foreign or name == ADAPTER_BESIDE or name.endswith(".index.json") else copied).append(name)
     return SideFiles(tuple(sorted(copied)), tuple(sorted(left)))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "LoraFactors",
     "factor_names",
     "factor_ranks",
+    "factor_suffixes",
     "is_factor",
     "patterned",
     "read_lora",
@@ -87,7 +88,8 @@ def read_lora(name: str, config: Mapping[str, object], nodes: Mapping[str, Node]
     refusals = list(_refusals(config)) or list(_strays(sides, others))
     if refusals:
         raise OpError(*(Problem(f"`{name}` {what}", fix=fix) for what, fix in refusals))
-    modules = {path: _factors(name, path, pair, config, nodes) for path, pair in sides.items()}
+    settings = Settings(config)
+    modules = {path: _factors(name, path, pair, settings, nodes) for path, pair in sides.items()}
     return LoraAdapter(name, config, nodes, modules, copies)
 
 
@@ -138,24 +140,28 @@ def _strays(sides: Mapping[str, Mapping[str, str]], others: list[str]) -> Iterat
 
 
 def _factors(
-    name: str, path: str, pair: Mapping[str, str], config: Mapping[str, object], nodes: Mapping[str, Node]
+    name: str, path: str, pair: Mapping[str, str], settings: Settings, nodes: Mapping[str, Node]
 ) -> LoraFactors:
     a, b = nodes[pair["A"]].type, nodes[pair["B"]].type
     if len(a.shape) < 2 or len(b.shape) < 2:
         raise OpError(Problem(f"`{name}` has factors {a} and {b} for `{path}`, which are no matrices"))
     try:
-        scaling = Settings(config).scaling(path, a.shape[0])
+        scaling = settings.scaling(path, a.shape[0])
     except Misfit as misfit:
         fix = "correct `r` or `rank_pattern` in its adapter_config.json"
         raise OpError(Problem(f"`{path}` of `{name}` {misfit}", fix=fix)) from None
     return LoraFactors(path, pair["A"], pair["B"], a.shape[0], scaling)
 
 
+def factor_suffixes(*, embedding: bool) -> tuple[str, str]:
+    """What PEFT calls A and B after the module's path."""
+    return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+
+
 def factor_names(module: str, *, embedding: bool) -> tuple[str, str]:
     """The full names of A and B of a module."""
-    if embedding:
-        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+    a, b = factor_suffixes(embedding=embedding)
+    return f"{PREFIX}{module}.{a}", f"{PREFIX}{module}.{b}"
 
 
 def is_factor(name: str) -> bool:

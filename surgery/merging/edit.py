@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
-from surgery.checkpoint.architecture import EMBEDDINGS
 from surgery.errors import OpError, Problem, problems_of
+from surgery.formats.vocabulary import with_vocabulary
 from surgery.graph import Kernel, Node
 from surgery.merging.operands import Operands, padded, refuse_quantized, unlike_dtypes, unused_tensors
 from surgery.merging.schedule import SCHEDULE_SCHEMA, Depths, Schedule
@@ -132,7 +132,7 @@ class Merge(Op):
         """`vocab_size`, where `pad_vocab` made it grow."""
         if not self.pad_vocab:
             return config
-        return _patch_vocabulary(config, finished)
+        return with_vocabulary(config, finished)
 
 
 class _Merging:
@@ -287,28 +287,3 @@ class _Merging:
             return site.graph.apply(self._op.kernel(recipe), *operands.values())[0]
         except ValueError as error:
             raise site.refuse(f"cannot be merged: {error}", "leave it out of `tensors`: the source's is kept") from None
-
-
-def _patch_vocabulary(config: Mapping[str, object], finished: Finished) -> Mapping[str, object]:
-    nested = config.get("text_config")
-    inner: Mapping[str, object] = cast("Mapping[str, object]", nested) if isinstance(nested, Mapping) else {}
-    before = config.get("vocab_size", inner.get("vocab_size"))
-    rows = {
-        finished.nodes[name].type.shape[0]
-        for path, module in finished.modules.items()
-        for name in module.tensors
-        if EMBEDDINGS.fullmatch(path) and _grew(name, before, finished)
-    }
-    if len(rows) != 1:
-        return config
-    (size,) = rows
-    if "vocab_size" in inner:
-        config = {**config, "text_config": {**inner, "vocab_size": size}}
-    return {**config, "vocab_size": size} if "vocab_size" in config else config
-
-
-def _grew(name: str, before: object, finished: Finished) -> bool:
-    source = finished.models[SOURCE].nodes.get(name)
-    if source is None or source.type.shape[0] != before:
-        return False
-    return finished.nodes[name].type.shape[0] != before

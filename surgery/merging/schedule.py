@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from surgery.errors import OpError, Problem
+from surgery.regexes import Limit, Regex, flaw
 
 __all__ = ["SCHEDULE_SCHEMA", "Depths", "Schedule"]
 
@@ -55,7 +56,7 @@ class Schedule:
 
     label: str  # as an error names it
     default: float | None
-    rules: list[tuple[re.Pattern[str] | None, tuple[float, ...]]]
+    rules: list[tuple[Regex | None, tuple[float, ...]]]
     unused: set[str] = field(default_factory=set[str])
 
     @classmethod
@@ -76,13 +77,13 @@ class Schedule:
             return cls(label, default, [])
         if not isinstance(value, Mapping):
             return cls(label, default, [(None, _numbers(value))])
-        rules: list[tuple[re.Pattern[str] | None, tuple[float, ...]]] = []
+        rules: list[tuple[Regex | None, tuple[float, ...]]] = []
+        limit = Limit(f" of `{label}`")
         for regex, entry in cast("Mapping[str, object]", value).items():
-            try:
-                rules.append((re.compile(regex), _numbers(entry)))
-            except (re.error, RecursionError, OverflowError) as error:
+            if reason := flaw(regex):
                 fix = "escape dots as `\\.`, and put the regex in single quotes"
-                raise OpError(Problem(f"`{regex}` of `{label}` is no regex: {error}", fix=fix)) from None
+                raise OpError(Problem(f"`{regex}` of `{label}` is no regex: {reason}", fix=fix))
+            rules.append((Regex(regex, limit), _numbers(entry)))
         return cls(label, default, rules, {regex.pattern for regex, _ in rules if regex})
 
     def at(self, name: str, depth: float) -> float:

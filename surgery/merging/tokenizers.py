@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 from surgery.checkpoint import Checkpoint
-from surgery.checkpoint.paths import open_regular, stands
+from surgery.checkpoint.home import Home
 
 __all__ = ["unlike_tokens"]
 
@@ -17,7 +16,7 @@ VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "s
 
 def unlike_tokens(first: Checkpoint, second: Checkpoint) -> str:
     """How the tokenizers beside two checkpoints differ; empty if they do not, or one has none."""
-    mine, theirs = _tokens(first.path), _tokens(second.path)
+    mine, theirs = _tokens(first.home), _tokens(second.home)
     if mine is not None and theirs is not None:
         unlike = [token for token in {**mine, **theirs} if mine.get(token) != theirs.get(token)]
         if not unlike:
@@ -25,22 +24,19 @@ def unlike_tokens(first: Checkpoint, second: Checkpoint) -> str:
         token = unlike[0]
         return f"{len(unlike)} tokens, such as {token!r}: {mine.get(token)} here, {theirs.get(token)} there"
     for name in VOCABULARIES:
-        here, there = _bytes(first.path / name), _bytes(second.path / name)
+        here, there = _bytes(first.home, name), _bytes(second.home, name)
         if here is not None and there is not None and here != there:
             return f"the two `{name}`"
     return ""
 
 
-def _bytes(path: Path) -> bytes | None:
-    if not path.parent.is_dir() or not stands(path):
-        return None
-    with open_regular(path) as file:
-        return file.read()
+def _bytes(home: Home, name: str) -> bytes | None:
+    return home.read(name) if home.has(name) else None
 
 
-def _tokens(directory: Path) -> Mapping[str, object] | None:
+def _tokens(home: Home) -> Mapping[str, object] | None:
     """Token → id, of a tokenizer.json; None without one that can be read so."""
-    raw = _bytes(directory / "tokenizer.json")
+    raw = _bytes(home, "tokenizer.json")
     try:
         content = cast("object", json.loads(raw)) if raw else None
         assert isinstance(content, dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from surgery.checkpoint import ADAPTER_CONFIG, CONFIG, Checkpoint
 from surgery.checkpoint.architecture import architecture_of
@@ -12,7 +12,15 @@ from surgery.cost import cost_of
 from surgery.errors import ConservationError, OpError, Problem
 from surgery.graph import Graph, Node, Source, rewrite, toposort
 from surgery.layout import Layout, lay_out
-from surgery.op import SOURCE, Finished
+from surgery.op import SOURCE, Attach, Finished
+from surgery.plan.adapters import (
+    adapter_plans,
+    adapter_tensors,
+    attach_notes,
+    changes_base,
+    check_attachments,
+    lay_out_adapters,
+)
 from surgery.plan.model import Action, Plan, TensorPlan, sources_of
 from surgery.plan.names import Names, open_models, run_edits
 from surgery.spec import Spec
@@ -30,33 +38,55 @@ def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     models = open_models(checkpoints, graph)
     checkpoint = checkpoints[SOURCE]
     names, matched = run_edits(spec, models, graph)
-    outputs = _simplified(names, spec, graph)
     _check_conservation(checkpoint, names)
-    modules = modules_of({name: node.type for name, node in outputs.items()}, names.architecture)
+    check_attachments(names)
+    writes_base = spec.copy_base or changes_base(spec, names)
+    simplified = _simplified(names, spec, graph)
+    modules = modules_of({name: node.type for name, node in simplified.items()}, names.architecture)
     _check_quantized_parts(modules)
-    finished = Finished(outputs, modules, names.architecture, models)
-    layout = _layout(spec, checkpoint, outputs)
-    used = {node.kernel.model for node in toposort(outputs.values()) if isinstance(node.kernel, Source)} | {SOURCE}
-    bytes_read = sum(file.header.file_bytes for name in used for file in checkpoints[name].files)
+    finished = Finished(simplified, modules, names.architecture, models)
+    outputs = simplified if writes_base else {}
+    adapters = adapter_plans(names, checkpoint, writes_base=writes_base)
+    roots = [*outputs.values(), *(node for adapter in adapters for node in adapter.nodes.values())]
+    base_layout = _layout(spec, checkpoint, outputs) if writes_base else Layout((), b"")
+    layout = Layout((*base_layout.files, *lay_out_adapters(adapters)), base_layout.index)
+    read = {node.kernel for node in toposort(roots) if isinstance(node.kernel, Source)}
+    used = {kernel.model for kernel in read}
+    used |= {SOURCE} if writes_base else set()
+    bytes_read = sum(_bytes_read(name, checkpoints[name], read) for name in used)
     num_further = sum(len(model.tensors) for name, model in checkpoints.items() if name != SOURCE)
+    num_remote = sum(checkpoints[name].is_remote for name in used)
     bytes_written = sum(file.num_bytes for file in layout.files) + len(layout.index)
-    tensors = _tensor_plans(spec, checkpoint, names, layout)
+    tensors = _tensor_plans(spec, checkpoint, names, base_layout) if writes_base else ()
     kept = {tensor.origin for tensor in tensors if tensor.node.port == 0 or tensor.name == tensor.origin}
     is_adapter = _makes_adapter(spec, checkpoint)
+    copies_sides = writes_base and is_adapter == checkpoint.is_adapter
     return Plan(
         spec=spec,
         checkpoints=checkpoints,
-        streamed=tuple(name for name in checkpoints if name in used),
-        tensors=tensors,
-        dropped={name: entry.type for name, entry in checkpoint.tensors.items() if name not in kept},
-        config=_config(spec, checkpoint, finished, is_adapter=is_adapter),
+        streamed=tuple(name for name in checkpoints if name in used or name == SOURCE),
+        tensors=(*tensors, *adapter_tensors(adapters, layout)),
+        adapters=adapters,
+        writes_base=writes_base,
+        dropped={name: entry.type for name, entry in checkpoint.tensors.items() if writes_base and name not in kept},
+        config=_config(spec, checkpoint, finished, is_adapter=is_adapter) if writes_base else None,
         config_name=ADAPTER_CONFIG if is_adapter else CONFIG,
-        side_files=checkpoint.sides.copied if is_adapter == checkpoint.is_adapter else (),
+        side_files=checkpoint.sides.copied if copies_sides else (),
         layout=layout,
-        cost=cost_of(outputs.values(), bytes_read, bytes_written, num_further),
+        cost=cost_of(roots, bytes_read, bytes_written, num_further, num_remote),
         sites=tuple((edit.op.name, edit.op.selects, count) for edit, count in matched),
-        notes=tuple(note for model in checkpoints.values() for note in (*model.notes, *_notes(model))),
+        notes=(
+            *(note for model in checkpoints.values() for note in (*model.notes, *_notes(model))),
+            *attach_notes(names, checkpoint),
+        ),
     )
+
+
+def _bytes_read(name: str, checkpoint: Checkpoint, read: Collection[Source]) -> int:
+    """Of a model: of one on the Hub what is needed, and files as a whole of a local one."""
+    if not checkpoint.is_remote:
+        return checkpoint.num_bytes
+    return sum(checkpoint.tensors[kernel.name].type.num_bytes for kernel in read if kernel.model == name)
 
 
 def _simplified(names: Names, spec: Spec, graph: Graph) -> dict[str, Node]:
@@ -111,7 +141,7 @@ def _config(spec: Spec, checkpoint: Checkpoint, finished: Finished, *, is_adapte
 
 def _layout(spec: Spec, checkpoint: Checkpoint, outputs: Mapping[str, Node]) -> Layout:
     is_adapter = _makes_adapter(spec, checkpoint)
-    stems = [edit.op.stem for edit in spec.edits if edit.op.stem]
+    stems = [edit.op.stem for edit in spec.edits if edit.op.stem and not isinstance(edit.op, Attach)]
     if checkpoint.is_adapter:
         stems.insert(0, checkpoint.files[0].name.removesuffix(".safetensors"))
     stem = stems[-1] if stems else "adapter_model" if is_adapter else "model"

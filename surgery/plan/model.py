@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.architecture import architecture_of
 from surgery.cost import Cost
+from surgery.counting import Training, training_of
 from surgery.graph import Node, Source, toposort
 from surgery.layout import Layout
 from surgery.op import SOURCE
 from surgery.spec import Spec
 from surgery.types import TensorType, text
 
-__all__ = ["Action", "Plan", "TensorPlan", "sources_of"]
+__all__ = ["Action", "AdapterPlan", "Plan", "TensorPlan", "sources_of"]
 
 Action = Literal["copy", "rename", "change", "add"]
 
@@ -25,7 +27,7 @@ Action = Literal["copy", "rename", "change", "add"]
 class TensorPlan:
     """One output tensor: what happens to it, where it will lie, and what it comes from."""
 
-    name: str
+    name: str  # of an adapter's tensor: `adapters/<adapter>/<its name in the file>`
     node: Node
     action: Action
     file: str
@@ -35,6 +37,33 @@ class TensorPlan:
     sources: tuple[str, ...]
     ops: tuple[str, ...]
 
+    @property
+    def key(self) -> str:
+        """The name in its file."""
+        directory = self.file.rpartition("/")[0]
+        return self.name.removeprefix(f"{directory}/") if directory else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """An adapter to be written: `adapters/<name>/` with its weights in one file, and its config."""
+
+    name: str
+    op: str
+    stem: str  # of the weight file
+    nodes: Mapping[str, Node]  # by name in that file
+    config: bytes
+
+    @property
+    def directory(self) -> str:
+        """Where it lies in the output."""
+        return f"adapters/{self.name}"
+
+    @property
+    def weights(self) -> str:
+        """The weight file."""
+        return f"{self.directory}/{self.stem}.safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -42,8 +71,10 @@ class Plan:
 
     spec: Spec
     checkpoints: Mapping[str, Checkpoint]  # the source and the further models, by name
-    streamed: tuple[str, ...]  # of the models, those that weights are read of
+    streamed: tuple[str, ...]  # the source, and of the further models those that weights are read of
     tensors: tuple[TensorPlan, ...]
+    adapters: tuple[AdapterPlan, ...]
+    writes_base: bool  # whether the checkpoint itself is written, or adapters alone
     dropped: Mapping[str, TensorType]  # source tensors that no output is, or is in the first place made from
     config: bytes | None  # None where the source has none
     config_name: str  # config.json, or adapter_config.json
@@ -75,7 +106,19 @@ class Plan:
         for file in self.layout.files:
             content.append(hashlib.sha256(file.header).hexdigest())
             content += [f"{item.name} {item.node.digest}" for item in file.tensors]
+        content += [[adapter.name, adapter.config.decode()] for adapter in self.adapters]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def training(self) -> dict[str, Training]:
+        """What training each adapter comes to, by its name."""
+        written = {tensor.name: tensor.node for tensor in self.tensors if tensor.key == tensor.name}
+        base = written if self.writes_base else {name: item.type for name, item in self.checkpoint.tensors.items()}
+        source = self.checkpoint.config or {}
+        config: dict[str, object] = json.loads(self.config) if self.config else dict(source)
+        return {
+            adapter.name: training_of(base, adapter.nodes, architecture_of(source), config, json.loads(adapter.config))
+            for adapter in self.adapters
+        }
 
     def to_json(self) -> dict[str, object]:
         """Plain data, as `surgery plan --json` prints it; its schema is `schemas/plan.v1.schema.json`."""
@@ -95,6 +138,8 @@ class Plan:
                 for file in self.layout.files
             ],
             "side_files": list(self.side_files),
+            "adapters": {adapter.name: json.loads(adapter.config) for adapter in self.adapters},
+            "training": {name: training.to_json() for name, training in self.training().items()},
             "config": None if self.config is None else json.loads(self.config),
             "summary": self.summary(),
             "cost": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery.checkpoint import Checkpoint
@@ -10,11 +10,11 @@ from surgery.checkpoint.architecture import Architecture, architecture_of
 from surgery.checkpoint.modules import Module, modules_of
 from surgery.errors import OpError, Problem, SurgeryError, problems_of
 from surgery.graph import Graph, Node, Source
-from surgery.op import SOURCE, Model, Rewrite, Scene, Site
+from surgery.op import SOURCE, Attach, Model, Rewrite, Scene, Site
 from surgery.select import Match, select
 from surgery.spec import Edit, Spec
 
-__all__ = ["Entry", "Names", "open_models", "run_edits"]
+__all__ = ["Attachment", "Entry", "Names", "open_models", "run_edits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,23 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Attachment:
+    """An adapter that an edit writes: the edit, what it saw, and the adapter's tensors by name in its file."""
+
+    edit: Edit
+    op: Attach
+    scene: Scene
+    nodes: Mapping[str, Node]
+    given: Mapping[str, Node]  # what the edit left of tensors of the checkpoint that it took from
+
+
+@dataclass(frozen=True, slots=True)
 class Names:
-    """Every name of the checkpoint after some edits, in order; and what edits dropped by name."""
+    """Every name of the checkpoint after some edits, in order; and what edits dropped by name, and attached."""
 
     entries: Mapping[str, Entry]
     dropped: Mapping[tuple[int, str], Node]  # by the edit that dropped it, and its name then
+    attachments: tuple[Attachment, ...]
     architecture: Architecture
 
     def modules(self) -> dict[str, Module]:
@@ -57,7 +69,7 @@ def run_edits(spec: Spec, models: Mapping[str, Model], graph: Graph) -> tuple[Na
     Raises SpecError or OpError with the problems of every edit.
     """
     source = models[SOURCE]
-    names = Names({name: Entry(node) for name, node in source.nodes.items()}, {}, source.architecture)
+    names = Names({name: Entry(node) for name, node in source.nodes.items()}, {}, (), source.architecture)
     matched: list[tuple[Edit, int]] = []
     errors: list[SurgeryError] = []
     for edit in spec.edits:
@@ -88,9 +100,26 @@ def _apply(edit: Edit, names: Names, models: Mapping[str, Model], graph: Graph, 
     problems += _collisions(edit, rewrites, names)
     if problems:
         raise OpError(*problems)
+    rewritten = _rewritten(edit, rewrites, names)
+    if isinstance(edit.op, Attach):
+        given = {name: node for rewrite in rewrites for name, node in rewrite.gives.items()}
+        attachment = Attachment(edit, edit.op, scene, _added(edit, rewrites), given)
+        rewritten = replace(rewritten, attachments=(*names.attachments, attachment))
     if edit.op.selects == "checkpoint":
-        return _rewritten(edit, rewrites, names), sum(len(rewrite.takes) for rewrite in rewrites)
-    return _rewritten(edit, rewrites, names), len(scene.sites)
+        return rewritten, sum(len(rewrite.takes) for rewrite in rewrites)
+    return rewritten, len(scene.sites)
+
+
+def _added(edit: Edit, rewrites: Sequence[Rewrite]) -> dict[str, Node]:
+    added: dict[str, Node] = {}
+    for rewrite in rewrites:
+        twice = next((key for key in rewrite.adds if key in added), None)
+        if twice is not None:
+            raise OpError(Problem(f"`{twice}` would be in the adapter twice", edit.place, "narrow what is selected"))
+        added |= rewrite.adds
+    if not added:
+        raise OpError(Problem("the adapter would hold no tensor", edit.place))
+    return added
 
 
 def _rewrites(edit: Edit, scene: Scene) -> tuple[list[Rewrite], list[Problem]]:
@@ -160,7 +189,7 @@ def _rewritten(edit: Edit, rewrites: list[Rewrite], names: Names) -> Names:
     for rewrite in rewrites:
         before = {index for name in rewrite.takes for index in names.entries[name].edits}
         edits = (*sorted(before), edit.index)
-        place = rewrite.takes[0]
+        place = rewrite.takes[0] if rewrite.takes else ""
         for name, node in rewrite.gives.items():
             place = name if name in taken else place
             given.setdefault(place, {})[name] = Entry(node, edits)
@@ -169,4 +198,4 @@ def _rewritten(edit: Edit, rewrites: list[Rewrite], names: Names) -> Names:
         entries |= given.get(name, {} if name in taken else {name: entry})
     # A name may be dropped, given anew and dropped again: each time it stands for another tensor.
     dropped = {(edit.index, name): names.entries[name].node for rewrite in rewrites for name in rewrite.drops}
-    return Names(entries, {**names.dropped, **dropped}, names.architecture)
+    return replace(names, entries=entries, dropped={**names.dropped, **dropped})

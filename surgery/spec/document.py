@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,32 @@ Keys = tuple[str | int, ...]
 MAX_NODES = 100_000  # an alias stands for all it names: a few lines can expand to billions
 MAX_DEPTH = 64
 PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-MAX_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 2 * 1024 * 1024
+MAX_NUMBER = 400  # characters; reading a number of n digits takes n² steps
+PLAIN_SCALARS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "bool", "int", "float"))
+STREAMS = ("/dev/", "/proc/self/fd/")  # what the shell calls a pipe that it made
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with 1e-3 a number as in YAML 1.2 and JSON."""
+    """YAML 1.1 as PyYAML reads it, with 1e-3 a number as in YAML 1.2 and JSON, and no dates."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """One more node, as long as there are not too many."""
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise yaml.MarkedYAMLError(problem=f"it has more than {MAX_NODES} values")
+        return super().compose_node(parent, index)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
@@ -54,19 +74,27 @@ def read_document(path: Path) -> Document:
     """Parse a YAML file. Raises SpecError for what is no YAML, or YAML that hides something."""
     file = str(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if stat.S_ISFIFO(path.stat().st_mode) and not file.startswith(STREAMS):
+            raise SpecError(Problem("is a pipe, no file", file))
+        with path.open("rb") as opened:
+            raw = opened.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
             raise SpecError(Problem(f"has more than {MAX_BYTES} bytes: that is no spec", file))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = raw.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, SpecError):
+            raise
         raise SpecError(Problem(f"cannot be read: {error}", file)) from None
     return _Builder(file).build(text)
 
 
 def parse_scalar(text: str) -> object:
     """The value of a YAML scalar: `16` is an int, `bf16` a string. Anything else stays text."""
+    if len(text) > MAX_NUMBER:
+        return text
     try:
         value = cast(object, yaml.load(text, _Loader))  # a SafeLoader
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return text
     return value if isinstance(value, str | int | float | bool) else text
 
@@ -90,8 +118,9 @@ class _Builder:
             raise SpecError(self._syntax_problem(error)) from None
         except SpecError:
             raise
-        except (RecursionError, ValueError) as error:
-            raise SpecError(Problem(f"is no valid YAML: {error}", self.file)) from None
+        except (RecursionError, ValueError, OverflowError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise SpecError(Problem(f"is no valid YAML: {reason}", self.file)) from None
         if self.problems:
             raise SpecError(*self.problems)
         return Document(data, self.lines, self.file)
@@ -118,6 +147,15 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             children = cast("list[yaml.Node]", node.value)
             return [self._value(loader, child, (*keys, index)) for index, child in enumerate(children)]
+        return self._scalar(loader, node)
+
+    def _scalar(self, loader: _Loader, node: yaml.Node) -> object:
+        tag, text = node.tag, cast(str, node.value)
+        if tag not in PLAIN_SCALARS:
+            what = f"could not determine a constructor for the tag {tag!r}"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+        if tag != PLAIN_SCALARS[0] and len(text) > MAX_NUMBER:
+            raise yaml.MarkedYAMLError(problem=f"a number of {len(text)} characters", problem_mark=node.start_mark)
         return cast(object, loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
 
     def _mapping(self, loader: _Loader, node: yaml.MappingNode, keys: Keys) -> dict[str, object]:

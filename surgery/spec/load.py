@@ -11,6 +11,7 @@ from typing import cast
 
 from surgery.errors import Problem, SpecError
 from surgery.op import SOURCE, Op, find_op, op_names, options_of
+from surgery.regexes import flaw
 from surgery.sizes import parse_size
 from surgery.spec.document import Document, Keys, read_document
 from surgery.spec.model import ALL_LINEAR, Edit, Patterns, Spec
@@ -22,6 +23,9 @@ __all__ = ["load_spec"]
 
 DEFAULT_SHARD_SIZE = "5GB"
 LARGEST_NUMBER = 1e300
+LARGEST_SEED = 2**64 - 1  # as torch has it
+MOST_EDITS = 1000
+MOST_PROBLEMS = 100  # more of them are read by nobody
 
 
 def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> Spec:
@@ -35,8 +39,11 @@ def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, ob
 
 def _find(path: Path) -> Path:
     """The file `path`, or the recipe of that name. Raises SpecError if there is neither."""
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:
+        raise SpecError(Problem(f"cannot be read: {error}", str(path))) from None
     installed = (Path(str(resources.files("surgery"))) / "specs", Path(__file__).parents[2] / "specs")
     recipes = {recipe.stem: recipe for directory in installed for recipe in sorted(directory.glob("*.yaml"))}
     if len(path.parts) == 1 and path.stem in recipes:
@@ -62,18 +69,23 @@ class _Loader:
         self._check(data, frame_schema(), ())
         fields = _map(data)
         self._check_numbers(fields.get("edits"), ("edits",))
-        edits = [self._edit(index, entry) for index, entry in enumerate(_list(fields.get("edits")))]
+        self._check_seed(fields.get("seed", 0))
+        entries = _list(fields.get("edits"))
+        if len(entries) > MOST_EDITS:
+            self._report(f"has {len(entries)} edits, more than {MOST_EDITS}", ("edits",), "select more with each regex")
+        edits = [self._edit(index, entry) for index, entry in enumerate(entries[:MOST_EDITS])]
         self._check_edits(edits)
         shard_bytes = self._shard_bytes(fields)
         models = cast("Mapping[str, str]", _map(fields.get("models")))
         self._check_models(models, edits)
         if self.problems:
-            raise SpecError(*self.problems)
+            raise SpecError(*_most(self.problems, self.document.file))
         return Spec(
             source=cast(str, fields["source"]),
             models=models,
             edits=tuple(edit for edit in edits if edit is not None),
             shard_bytes=shard_bytes,
+            copy_base=bool(_map(fields.get("output")).get("copy_base")),
             seed=cast(int, fields.get("seed", 0)),
             resolved=fields,
             document=self.document,
@@ -103,6 +115,10 @@ class _Loader:
                 self._check_numbers(item, (*keys, index))
         elif isinstance(value, int | float) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:  # not so for NaN
             self._report(f"{value!r:.40} is no number to compute with", keys, "give a finite one")
+
+    def _check_seed(self, seed: object) -> None:
+        if isinstance(seed, int) and seed > LARGEST_SEED:
+            self._report("is too large for a seed", ("seed",), f"give one up to {LARGEST_SEED}")
 
     def _edit(self, index: int, entry: object) -> Edit | None:
         keys: Keys = ("edits", index)
@@ -149,12 +165,12 @@ class _Loader:
         texts = cast(list[str], value) if isinstance(value, list) else [cast(str, value)]
         compiled: list[re.Pattern[str]] = []
         for index, text in enumerate(texts):
-            try:
-                compiled.append(re.compile(text))
-            except (re.error, RecursionError, OverflowError) as error:
+            if reason := flaw(text):
                 place = (*keys, index) if isinstance(value, list) else keys
                 fix = "escape dots as `\\.`, and put the regex in single quotes"
-                self._report(f"`{text}` is no regex: {error}", place, fix)
+                self._report(f"`{text}` is no regex: {reason}", place, fix)
+            else:
+                compiled.append(re.compile(text))
         return compiled if len(compiled) == len(texts) else None
 
     def _check_edits(self, edits: list[Edit | None]) -> None:
@@ -190,6 +206,12 @@ class _Loader:
         for name in models if all(edits) else ():
             if name not in used:
                 self._report(f"model `{name}` is used by no edit", ("models", name), "use it in an edit, or remove it")
+
+
+def _most(problems: list[Problem], file: str) -> list[Problem]:
+    """The first of them, and how many there are beyond."""
+    left = len(problems) - MOST_PROBLEMS
+    return [*problems[:MOST_PROBLEMS], Problem(f"and {left} more problems", file)] if left > 0 else problems
 
 
 def _map(value: object) -> Mapping[str, object]:

@@ -51,6 +51,7 @@ class Spec:
     models: Mapping[str, str]  # further ones, by the names that edits use
     edits: tuple[Edit, ...]
     shard_bytes: int
+    copy_base: bool  # also where no edit changes a weight
     seed: int
     resolved: Mapping[str, object]
     document: Document

@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import cast
 
-from surgery.errors import Problem
+from surgery.errors import Problem, SpecError
 from surgery.spec.document import Document, Keys, parse_scalar
 
 __all__ = ["Parameters", "substitute"]
 
+MAX_LENGTH = 1 << 20
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 
@@ -22,6 +23,7 @@ class Parameters:
         self.document = document
         self.problems: list[Problem] = []
         self.unresolved: set[Keys] = set()
+        self.length = 0  # of what has been filled in
         self.values: dict[str, object] = dict(self._defaults())
         for name, value in settings.items():
             self._set(name, value)
@@ -46,7 +48,17 @@ class Parameters:
         whole = _REFERENCE.fullmatch(text)
         if whole:
             return self._value(whole[1], keys)
-        return _REFERENCE.sub(lambda match: str(self._value(match[1], keys)), text)
+        return self._filled(text, keys)
+
+    def _filled(self, text: str, keys: Keys) -> str:
+        """`text` with values in it, each named once if it has none; all texts together of bounded length."""
+        names = dict.fromkeys(match[1] for match in _REFERENCE.finditer(text))
+        values = {name: str(self._value(name, keys)) for name in names}
+        self.length += sum(len(values[match[1]]) for match in _REFERENCE.finditer(text))
+        if self.length > MAX_LENGTH:
+            what = f"the values of parameters make the spec longer than {MAX_LENGTH} characters"
+            raise SpecError(Problem(what, self.document.place(keys), "refer to them less often"))
+        return _REFERENCE.sub(lambda match: values[match[1]], text)
 
     def _value(self, name: str, keys: Keys) -> object:
         if self.values.get(name) is None:

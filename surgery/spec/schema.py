@@ -38,6 +38,11 @@ def frame_schema(*, parameters: bool = False) -> Schema:
         "anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, {"type": "integer", "minimum": 1}],
         "default": "5GB",
     }
+    copy_base: Schema = {
+        "type": "boolean",
+        "default": False,
+        "description": "Write the checkpoint too where no edit changes it, and adapters alone would be written.",
+    }
     seed: Schema = {
         "type": "integer",
         "minimum": 0,
@@ -75,7 +80,7 @@ def frame_schema(*, parameters: bool = False) -> Schema:
                 "type": "object",
                 "additionalProperties": False,
                 "description": "How the output is laid out.",
-                "properties": {"shard_size": variable(shard_size)},
+                "properties": {"shard_size": variable(shard_size), "copy_base": variable(copy_base)},
             },
             "seed": variable(seed),
         },

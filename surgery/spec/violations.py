@@ -50,7 +50,9 @@ def explain(error: ValidationError) -> Iterator[Violation]:
     elif error.validator == "anyOf" and _is_filtered(value):
         yield Violation("is mergekit's list of filters", "write a map: {'.*self_attn.*': 0.3, '.*': 0.5}")
     elif error.validator == "anyOf":
-        yield Violation(f"{value!r} does not fit here", str(cast(Mapping[str, object], error.schema)["description"]))
+        yield Violation(
+            f"{value!r} does not fit here", str(cast(Mapping[str, object], error.schema).get("description", ""))
+        )
     elif error.validator in ("maxProperties", "maxItems", "minProperties"):
         bound = "at least" if error.validator == "minProperties" else "at most"
         count = len(cast("list[object]", value))

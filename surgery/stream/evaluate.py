@@ -16,14 +16,13 @@ from torch import Tensor
 
 from surgery.cost import tile_elements
 from surgery.errors import OpError, Problem
-from surgery.graph import BadValue, Kernel, Node, Source, Span, TiledKernel, TileError
+from surgery.graph import BadValue, Call, Kernel, Node, Source, Span, TiledKernel, TileError
 from surgery.numerics.dtypes import torch_dtype
 from surgery.numerics.rounding import rounding_error
 from surgery.numerics.transpose import Transpose
 
-__all__ = ["Call", "Evaluation", "Need", "Ports", "Read"]
+__all__ = ["Evaluation", "Need", "Ports", "Read"]
 
-Call = tuple[Kernel, tuple[Node, ...]]
 Need = tuple[Node, int, int]  # a source node and the elements [start, stop) of it
 Read = Mapping[Node, tuple[int, Tensor]]  # the first element that was read, and the bytes
 Ports = tuple[Tensor | None, ...]

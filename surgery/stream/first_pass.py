@@ -10,12 +10,13 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from surgery.graph import Node, Source, Span, TiledKernel, TileError, toposort
+from surgery.graph import Call, Node, Source, Span, TiledKernel, TileError, calls_below, toposort
 from surgery.numerics.dtypes import torch_dtype
-from surgery.stream.evaluate import Call, Evaluation, Ports
+from surgery.stream.evaluate import Evaluation, Ports
 from surgery.stream.intake import Reading, Supply
+from surgery.stream.needs import Step
 
-__all__ = ["FirstPass", "Partials"]
+__all__ = ["FirstPass", "Partials", "step_of"]
 
 T = TypeVar("T")
 Partials = dict[Span, Future[object]]  # what the last reduction gave for the tiles of the main pass
@@ -34,8 +35,7 @@ class FirstPass:
 
         Gives the partial results that the main pass can use again, if they are kept.
         """
-        nodes = list(toposort(call[1]))
-        calls = list(dict.fromkeys([*(node.call for node in nodes), call]))
+        calls = calls_below(call)
         is_held = self._hold(calls)
         uses = Counter(child for _, inputs in calls for child in inputs)
         partials: Partials = {}
@@ -165,3 +165,27 @@ def held_sources(calls: Iterable[Call]) -> Iterator[Node]:
             for node, step in zip(inputs, kernel.input_steps(), strict=True):
                 if step is not None and isinstance(node.kernel, Source):
                     yield node
+
+
+def step_of(call: Call, num_outputs: int, num_written: int, room: int, *, is_small: bool) -> Step:
+    """The reads that evaluating `call` takes, or copying it to each of its outputs.
+
+    `room` bytes can be held between the passes over it.
+    """
+    if isinstance(call[0], Source):
+        return Step(((call[0].model, call[0].name),), num_outputs > 1, num_written)
+    calls = calls_below(call)
+    whole = set(_needed_whole(calls))
+    nodes = sorted(
+        (node for node in toposort(call[1]) if isinstance(node.kernel, Source)), key=lambda n: n not in whole
+    )
+    names = tuple((node.kernel.model, node.kernel.name) for node in nodes if isinstance(node.kernel, Source))
+    reduces = any(isinstance(kernel, TiledKernel) and kernel.reductions for kernel, _ in calls)
+    held = sum(node.type.num_bytes for node in dict.fromkeys(held_sources(calls)))
+    return Step(names, reduces and not is_small and held > room, num_written)
+
+
+def _needed_whole(calls: Iterable[Call]) -> Iterator[Node]:
+    for kernel, inputs in calls:
+        if isinstance(kernel, TiledKernel):
+            yield from (node for node, step in zip(inputs, kernel.input_steps(), strict=True) if step is None)

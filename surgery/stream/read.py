@@ -1,7 +1,7 @@
-"""Reading source extents into reused buffers, hashing every file on the way.
+"""Reading source extents into reused buffers, hashing files on the way where their hashes are wanted.
 
-Each file's sha256 is computed from the very bytes that are used: reads come in file order, and
-what nobody asks for (the header, a dropped tensor) is read for the hash alone.
+A file's sha256 is computed from the very bytes that are used: reads come in file order, and what
+nobody asks for (the header, a dropped tensor) is read for the hash alone.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from surgery.checkpoint import Checkpoint, SourceFile
+from surgery.checkpoint.remote import Damaged, RemoteFile
 from surgery.errors import CheckpointError, Problem
+from surgery.stream.hub import Fetching, HubReader
+from surgery.stream.needs import Step
+from surgery.stream.prefetch import FileKey
 
 __all__ = ["BufferPool", "FileKey", "SourceReader"]
-
-FileKey = tuple[str, str]  # the model, and the file in it
 
 CATCH_UP_BYTES = 1 << 20
 SMALLEST_KEPT = 1 << 18  # smaller buffers come cheap from the allocator
@@ -73,15 +75,13 @@ class BufferPool:
                     self._held_bytes -= size
 
 
-class _HashedFile:
-    """An open source file and the sha256 of its first `position` bytes."""
+class _OpenFile:
+    """A source file that is read from."""
 
     def __init__(self, file: SourceFile) -> None:
         self.file = file
-        self.fd = os.open(file.path, os.O_RDONLY)
-        self.sha256 = hashlib.sha256()
-        self.position = 0
-        self._scratch = bytearray(0)
+        self.fd = os.open(str(file.place), os.O_RDONLY)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the read-ahead, where the cache is cold
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         filled = 0
@@ -91,74 +91,122 @@ class _HashedFile:
                 raise self.changed("is shorter than its header says")
             filled += count
 
-    def hash_read(self, buffer: memoryview, start: int) -> None:
-        """Take bytes that were just read into account, first those before them that nobody read."""
-        self.catch_up(start)
-        if start == self.position:
-            self.sha256.update(buffer)
-            self.position += len(buffer)
-
-    def catch_up(self, stop: int) -> None:
-        """Hash what lies before `stop` and is not hashed yet."""
-        while self.position < stop:
-            if not self._scratch:
-                self._scratch = bytearray(CATCH_UP_BYTES)
-            piece = memoryview(self._scratch)[: min(CATCH_UP_BYTES, stop - self.position)]
-            self.read_into(piece, self.position)
-            self.sha256.update(piece)
-            self.position += len(piece)
-
     def check_unchanged(self) -> None:
         stat = os.fstat(self.fd)
         if stat.st_size != self.file.header.file_bytes or stat.st_mtime_ns != self.file.mtime_ns:
             raise self.changed("has changed since it was planned")
 
     def changed(self, what: str) -> CheckpointError:
-        return CheckpointError(Problem(what, str(self.file.path), "plan and apply again, and let nothing write to it"))
+        return CheckpointError(Problem(what, str(self.file.place), "plan and apply again, and let nothing write to it"))
+
+
+class _Hash:
+    """The sha256 of the first `position` bytes of a file."""
+
+    def __init__(self, file: _OpenFile) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._position = 0
+        self._scratch = bytearray(0)
+
+    def hash_read(self, buffer: memoryview, start: int) -> None:
+        """Take bytes that were just read into account, first those before them that nobody read."""
+        self._catch_up(start)
+        if start == self._position:
+            self._sha256.update(buffer)
+            self._position += len(buffer)
+
+    def finish(self) -> str:
+        """Of the whole file, hex."""
+        self._catch_up(self._file.file.header.file_bytes)
+        return self._sha256.hexdigest()
+
+    def _catch_up(self, stop: int) -> None:
+        """Hash what lies before `stop` and is not hashed yet."""
+        while self._position < stop:
+            if not self._scratch:
+                self._scratch = bytearray(CATCH_UP_BYTES)
+            piece = memoryview(self._scratch)[: min(CATCH_UP_BYTES, stop - self._position)]
+            self._file.read_into(piece, self._position)
+            self._sha256.update(piece)
+            self._position += len(piece)
 
 
 class SourceReader:
     """Reads extents of the tensors of a plan's checkpoints. Used by one thread; close it when done."""
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], hashed: Collection[str], fetching: Fetching) -> None:
+        """`hashed`: those of the checkpoints whose files are to be hashed."""
         self._checkpoints = checkpoints
-        self._files: dict[FileKey, _HashedFile] = {}
+        self._files: dict[FileKey, _OpenFile] = {}
+        remote: dict[FileKey, SourceFile] = {}
         for model, checkpoint in checkpoints.items():
             for file in checkpoint.files:
-                self._files[model, file.name] = _open(file)
+                if isinstance(file.place, RemoteFile):
+                    remote[model, file.name] = file
+                else:
+                    self._files[model, file.name] = _open(file)
+        self._hub = HubReader(checkpoints, remote, hashed, fetching) if remote else None
+        self._hashes = {key: _Hash(file) for key, file in self._files.items() if key[0] in hashed}
 
     def read_into(self, buffer: Tensor, model: str, name: str, start: int) -> None:
         """Fill `buffer` with the bytes of tensor `name` from `start` on. Raises CheckpointError."""
         entry = self._checkpoints[model].tensors[name]
-        file = self._files[model, entry.file.name]
+        key = (model, entry.file.name)
         view = buffer.numpy().data
+        if key not in self._files:
+            assert self._hub
+            self._hub.read_into(view, model, name, start)
+            return
+        file = self._files[key]
         try:
             file.read_into(view, entry.start + start)
         except OSError as error:
             raise file.changed(f"cannot be read: {error.strerror}") from error
-        file.hash_read(view, entry.start + start)
+        if key in self._hashes:
+            self._hashes[key].hash_read(view, entry.start + start)
 
     def finish(self) -> Mapping[FileKey, str]:
-        """The sha256 of every file of every model, hex, after reading what is left of it.
+        """The sha256, hex, of every file that is hashed, after reading what is left of it.
 
-        Raises CheckpointError if one changed.
+        Raises CheckpointError if any file changed, hashed or not.
         """
-        for file in self._files.values():
-            file.catch_up(file.file.header.file_bytes)
+        hashes = {key: file_hash.finish() for key, file_hash in self._hashes.items()}
+        for key, file in self._files.items():
             file.check_unchanged()
-        return {key: file.sha256.hexdigest() for key, file in self._files.items()}
+            if file.file.sha256 and hashes.get(key, file.file.sha256) != file.file.sha256:
+                what = f"is damaged: its sha256 is {hashes[key]}, the Hub lists {file.file.sha256}"
+                raise Damaged(Problem(what, str(file.file.place), "remove it from the cache, and download it again"))
+        return {**hashes, **(self._hub.finish() if self._hub else {})}
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        """What will be read, in order, so that what is on the Hub can be fetched ahead."""
+        if self._hub:
+            self._hub.expect(steps)
+
+    def passed(self, step: int) -> None:
+        """All reads up to this step were made."""
+        if self._hub:
+            self._hub.passed(step)
+
+    def stop(self) -> None:
+        """Let nobody wait for the Hub any more."""
+        if self._hub:
+            self._hub.stop()
 
     def close(self) -> None:
         """Close all files."""
+        if self._hub:
+            self._hub.close()
         files, self._files = self._files, {}
         for file in files.values():
             os.close(file.fd)
 
 
-def _open(file: SourceFile) -> _HashedFile:
+def _open(file: SourceFile) -> _OpenFile:
     try:
-        opened = _HashedFile(file)
+        opened = _OpenFile(file)
     except OSError as error:
-        raise CheckpointError(Problem(f"cannot be opened: {error.strerror}", str(file.path))) from error
+        raise CheckpointError(Problem(f"cannot be opened: {error.strerror}", str(file.place))) from error
     opened.check_unchanged()
     return opened

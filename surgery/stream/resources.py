@@ -12,6 +12,9 @@ from surgery.sizes import format_binary
 
 __all__ = ["Resources"]
 
+KEPT_SHARE = 1 / 16  # of the memory: freed and at hand for all threads together
+MOST_KEPT = 16 << 20  # by a thread: results of a few tiles
+
 TILES = (LARGEST_TILE, LARGEST_TILE // 2, LARGEST_TILE // 4, SMALLEST_TILE)
 
 
@@ -31,11 +34,12 @@ class Resources:
         """
         if self.memory < cost.min_memory:
             raise OutputError(self._too_little(cost))
+        memory = self.memory - self.prefetch(cost) + cost.least_prefetch
         for workers in range(self.workers, 0, -1):
             for tile in TILES:
                 if tile * cost.tile_width > WINDOW_BYTES // 4 and tile > SMALLEST_TILE:
                     continue  # too few would pass at once to keep all workers busy
-                if cost.memory(workers, tile, 3 * cost.passing(tile)) <= self.memory:
+                if cost.memory(workers, tile, 3 * cost.passing(tile)) <= memory:
                     return Resources(self.memory, workers, self.device, tile)
         return Resources(self.memory, 1, self.device)
 
@@ -47,8 +51,19 @@ class Resources:
 
     def in_flight(self, cost: Cost) -> int:
         """Bytes for what is read and not yet written, held tensors included."""
-        return int((self.memory - cost.fixed - cost.working(self.workers, self.tile)) * IN_FLIGHT_SHARE)
+        free = self.memory - self.prefetch(cost) + cost.least_prefetch - cost.fixed
+        return int((free - cost.working(self.workers, self.tile)) * IN_FLIGHT_SHARE)
+
+    def prefetch(self, cost: Cost) -> int:
+        """Bytes for what is fetched ahead from the Hub."""
+        spare = max(0, self.memory - cost.min_memory) // 2
+        return min(cost.most_prefetch, cost.least_prefetch + min(spare, self.memory // 4))
 
     def window(self, cost: Cost) -> int:
         """Bytes of it for what only passes through."""
         return min(self.in_flight(cost), WINDOW_BYTES)
+
+    @property
+    def kept_by_a_thread(self) -> int:
+        """Bytes that are free and need not be given back to the system, for each worker."""
+        return min(MOST_KEPT, int(self.memory * KEPT_SHARE) // self.workers)

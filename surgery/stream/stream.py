@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from surgery.graph import Kernel, Node, Source, Span, TiledKernel, TileError, toposort
+from surgery.graph import Call, Node, Source, Span, TiledKernel, toposort
 from surgery.layout import OutputFile, Placed
 from surgery.plan import Plan
 from surgery.stream.allocator import give_back_large_blocks
 from surgery.stream.budget import Budget
-from surgery.stream.evaluate import Call, Evaluation
-from surgery.stream.first_pass import FirstPass, Partials
+from surgery.stream.evaluate import Evaluation
+from surgery.stream.first_pass import FirstPass, Partials, step_of
+from surgery.stream.handover import Chunk, Handover, Item, TensorHashes
+from surgery.stream.hub import Fetching
 from surgery.stream.intake import Intake, Loaded, Reading
+from surgery.stream.needs import Step
 from surgery.stream.read import BufferPool, FileKey, SourceReader
 from surgery.stream.resources import Resources
 
@@ -32,25 +35,6 @@ COPY_BYTES = 1 << 20
 SMALL_BYTES = 1 << 20  # of the sources of one output: less is not worth a schedule of its own
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Finished bytes of one output tensor, `start` counted from its first byte."""
-
-    file: OutputFile
-    placed: Placed
-    start: int
-    data: memoryview
-    errors: tuple[TileError, ...] = ()  # of rounding, tile by tile
-
-
-@dataclass(slots=True)
-class _Item:
-    """Something to hand over in order: chunks once `future` is done, then `done` gives back what they held."""
-
-    future: Future[list[Chunk]]
-    done: Callable[[], None]
-
-
 @dataclass(slots=True)
 class _Group:
     """The outputs of one evaluation."""
@@ -59,21 +43,38 @@ class _Group:
     call: Call
     outputs: list[Placed] = field(default_factory=list[Placed])
 
+    @property
+    def sources(self) -> list[Node]:
+        """What it is computed from."""
+        return [node for node in toposort(self.call[1]) if isinstance(node.kernel, Source)]
+
+    @property
+    def num_written(self) -> int:
+        """Bytes of its outputs."""
+        return sum(placed.stop - placed.start for placed in self.outputs)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is evaluated in one go."""
+        return max(self.num_written, sum(node.type.num_bytes for node in self.sources)) <= SMALL_BYTES
+
 
 class Stream:
     """Streams the output of a plan; iterate `chunks` once, then ask `source_hashes`."""
 
-    def __init__(self, plan: Plan, resources: Resources) -> None:
-        give_back_large_blocks()
+    def __init__(self, plan: Plan, resources: Resources, hashed: Collection[str], scratch: Path) -> None:
+        """`hashed`: the models whose files are hashed while they are read; `scratch`: where temporary files may lie."""
         resources = resources.fitted(plan.cost)
+        give_back_large_blocks(resources.kept_by_a_thread)
         self._resources = resources
         self._budget = Budget(resources.in_flight(plan.cost))
         self._window = Budget(resources.window(plan.cost))
         pool = BufferPool(self._budget.total)
-        self._reader = SourceReader({name: plan.checkpoints[name] for name in plan.streamed})
+        fetching = Fetching(resources.prefetch(plan.cost), resources.memory, scratch)
+        self._reader = SourceReader({name: plan.checkpoints[name] for name in plan.streamed}, hashed, fetching)
         reserved = plan.cost.largest_whole + plan.cost.passing(resources.tile)
         self._intake = Intake(self._reader, pool, self._budget, reserved)
-        self._queue: queue.SimpleQueue[_Item | BaseException | None] = queue.SimpleQueue()
+        self._handover = Handover()
         self._executor = ThreadPoolExecutor(
             resources.workers, "surgery", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -85,23 +86,32 @@ class Stream:
         Raises OpError for a weight that an op cannot take, CheckpointError for a source that fails.
         """
         num_threads = torch.get_num_threads()
-        producer = threading.Thread(target=self._produce, args=(files,), name="surgery-read", daemon=True)
-        producer.start()
+        threads = [
+            threading.Thread(target=self._produce, args=(files,), name="surgery-read", daemon=True),
+            threading.Thread(target=self._handover.hash_tensors, name="surgery-hash", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            while (item := self._queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield from item.future.result()
-                item.done()
+            yield from self._handover.chunks()
+        except BaseException:
+            self._reader.stop()
+            raise
         finally:
             self._intake.stop()
             self._window.stop()
             self._executor.shutdown(wait=True, cancel_futures=True)
-            producer.join()
+            for thread in threads:
+                thread.join()
             torch.set_num_threads(num_threads)
 
+    @property
+    def tensor_hashes(self) -> TensorHashes:
+        """The sha256 of every tensor of which chunks were handed over: of all its chunks, once the last one was."""
+        return self._handover.hashes
+
     def source_hashes(self) -> Mapping[FileKey, str]:
-        """The sha256, hex, of every file of every model; reads what no tensor needed."""
+        """The sha256, hex, of every file of the models that are hashed; reads what no tensor needed."""
         return self._reader.finish()
 
     def close(self) -> None:
@@ -110,29 +120,33 @@ class Stream:
 
     def _produce(self, files: Sequence[OutputFile]) -> None:
         try:
-            for file in files:
-                for group in _groups(file):
-                    self._schedule(group)
-            self._queue.put(None)
+            groups = [group for file in files for group in _groups(file)]
+            self._reader.expect([self._step(group) for group in groups])
+            for number, group in enumerate(groups):
+                self._schedule(group)
+                self._reader.passed(number)
+            self._handover.put(None)
         except BaseException as error:  # raised again by whoever takes the chunks
-            self._queue.put(error)
+            self._handover.put(error)
+
+    def _step(self, group: _Group) -> Step:
+        return step_of(group.call, len(group.outputs), group.num_written, self._intake.room, is_small=group.is_small)
 
     def _schedule(self, group: _Group) -> None:
-        kernel, inputs = group.call
+        kernel = group.call[0]
         if isinstance(kernel, Source):
             self._copy(group)
             return
-        sources = [node for node in toposort(inputs) if isinstance(node.kernel, Source)]
-        if sum(node.type.num_bytes for node in sources) <= SMALL_BYTES:
-            self._stream_small(group, sources)
+        if group.is_small:
+            self._stream_small(group, group.sources)
             return
         evaluation = Evaluation(self._resources.device, self._resources.tile)
         partials = self._first_pass.prepare(group.call, evaluation)
         if isinstance(kernel, TiledKernel):
             self._stream_tiles(group, evaluation, partials)
-            self._queue.put(_Item(_finished(_whole_port_chunks(group, evaluation)), _nothing))
+            self._handover.put(Item(_finished(_whole_port_chunks(group, evaluation)), _nothing))
         else:
-            self._queue.put(_Item(_finished(_whole_chunks(group, evaluation)), _nothing))
+            self._handover.put(Item(_finished(_whole_chunks(group, evaluation)), _nothing))
         self._release(evaluation)
 
     def _stream_small(self, group: _Group, sources: Sequence[Node]) -> None:
@@ -143,7 +157,7 @@ class Stream:
         self._budget.acquire(passing)
         loaded = {node: self._intake.read_whole(node) for node in sources}
         future = self._executor.submit(_small_chunks, group, self._resources, loaded)
-        self._queue.put(_Item(future, partial(self._give_back, (), passing)))
+        self._handover.put(Item(future, partial(self._give_back, (), passing)))
 
     def _copy(self, group: _Group) -> None:
         """Bytes are bytes, whatever their dtype."""
@@ -155,7 +169,7 @@ class Stream:
                 buffer = self._intake.read_bytes(placed.node, start, stop)
                 chunk = Chunk(group.file, placed, start, buffer.numpy().data)
                 give_back = partial(self._give_back, [buffer], stop - start)
-                self._queue.put(_Item(_finished([chunk]), give_back))
+                self._handover.put(Item(_finished([chunk]), give_back))
 
     def _give_back(self, buffers: Iterable[Tensor], num_bytes: int) -> None:
         self._intake.give_back(buffers, num_bytes)
@@ -169,7 +183,7 @@ class Stream:
             give_back()
             self._intake.release(evaluation.charged)
 
-        self._queue.put(_Item(_finished([]), release))
+        self._handover.put(Item(_finished([]), release))
 
     def _stream_tiles(self, group: _Group, evaluation: Evaluation, partials: Partials) -> None:
         call = group.call
@@ -182,13 +196,13 @@ class Stream:
             first = partials.pop(span, None)
             future = self._executor.submit(_tile_chunks, group, evaluation, span, reading, first and first.result())
             give_back = partial(self._give_back, reading.owned, passing)
-            self._queue.put(_Item(future, give_back))
+            self._handover.put(Item(future, give_back))
 
 
 def _groups(file: OutputFile) -> Iterable[_Group]:
     groups: dict[Call, _Group] = {}
     for placed in file.tensors:
-        call: tuple[Kernel, tuple[Node, ...]] = placed.node.call
+        call = placed.node.call
         groups.setdefault(call, _Group(file, call)).outputs.append(placed)
     return groups.values()
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-from surgery.checkpoint.paths import open_regular
+from surgery.checkpoint import ADAPTER_CONFIG
+from surgery.checkpoint.remote import Damaged
 from surgery.errors import OutputError, Problem
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.layout import OutputFile
-from surgery.manifest import MANIFEST_NAME, Manifest, check_bases, make_manifest
+from surgery.manifest import MANIFEST_NAME, Manifest, check_bases, hashed_models, make_manifest
 from surgery.plan import Plan
 from surgery.stream import Resources, Stream
 from surgery.write.place import Workplace
@@ -24,14 +25,20 @@ __all__ = ["ProgressReport", "write_output"]
 
 JOURNAL_NAME = ".surgery-journal"
 INDEX_NAME = "model.safetensors.index.json"
-COPY_BYTES = 1 << 20
 
 ProgressReport = Callable[[int, int], None]
 """Called with bytes written so far, and in all."""
 
 
 def write_output(
-    plan: Plan, out: Path, resources: Resources, *, overwrite: bool, resume: bool, report: ProgressReport
+    plan: Plan,
+    out: Path,
+    resources: Resources,
+    *,
+    overwrite: bool,
+    resume: bool,
+    hash_sources: bool,
+    report: ProgressReport,
 ) -> Manifest:
     """Do what `plan` says. OUT appears whole, by one rename, or not at all.
 
@@ -44,10 +51,14 @@ def write_output(
     try:
         workplace.open(keep=resume)
         try:
-            manifest = _fill(plan, workplace.path, resources, report, resume=resume)
+            hashed = hashed_models(plan, hash_sources=hash_sources)
+            manifest = _fill(plan, workplace.path, resources, hashed, report, resume=resume)
             workplace.publish()
-        except BaseException:
-            if not _Journal(workplace.path / JOURNAL_NAME, _run_identity(plan)).has_entries():
+        except BaseException as error:
+            if (
+                isinstance(error, Damaged)
+                or not _Journal(workplace.path / JOURNAL_NAME, _run_identity(plan)).has_entries()
+            ):
                 workplace.remove()
             raise
         finally:
@@ -60,11 +71,21 @@ def write_output(
     return manifest
 
 
-def _fill(plan: Plan, directory: Path, resources: Resources, report: ProgressReport, *, resume: bool) -> Manifest:
+def _fill(
+    plan: Plan,
+    directory: Path,
+    resources: Resources,
+    hashed: Collection[str],
+    report: ProgressReport,
+    *,
+    resume: bool,
+) -> Manifest:
     journal = _Journal(directory / JOURNAL_NAME, _run_identity(plan))
     finished = journal.finished(directory) if resume else {}
     journal.start(finished)
-    stream = Stream(plan, resources)
+    for file in plan.layout.files:
+        (directory / file.name).parent.mkdir(parents=True, exist_ok=True)
+    stream = Stream(plan, resources, hashed, directory)
     try:
         weights = _write_weights(plan, directory, stream, finished, journal, report)
         source_hashes = stream.source_hashes()
@@ -74,7 +95,7 @@ def _fill(plan: Plan, directory: Path, resources: Resources, report: ProgressRep
     del stream  # and its buffers: the manifest is the larger, the more tensors there are
     others = _write_others(plan, directory)
     manifest = make_manifest(plan, source_hashes, [*weights, *others])
-    _write_synced(directory / MANIFEST_NAME, manifest.pieces())
+    _write_synced(directory, MANIFEST_NAME, manifest.pieces())
     (directory / JOURNAL_NAME).unlink()
     return manifest
 
@@ -98,7 +119,7 @@ def _write_weights(
             if chunk.file is not current:
                 if writer and current:
                     records[current.name] = journal.add(writer.finish())
-                writer, current = WeightWriter(chunk.file, directory), chunk.file
+                writer, current = WeightWriter(chunk.file, directory, stream.tensor_hashes), chunk.file
             assert writer is not None
             writer.write(chunk)
             done += len(chunk.data)
@@ -106,7 +127,7 @@ def _write_weights(
         if writer and current:
             records[current.name] = journal.add(writer.finish())
         for file in [file for file in todo if file.name not in records]:  # all of its tensors are empty
-            records[file.name] = journal.add(WeightWriter(file, directory).finish())
+            records[file.name] = journal.add(WeightWriter(file, directory, stream.tensor_hashes).finish())
     finally:
         if writer:
             writer.close()
@@ -183,26 +204,21 @@ def _hash_file(path: Path) -> str:
 def _write_others(plan: Plan, directory: Path) -> list[FileRecord]:
     """Index, config and side files, sorted by name."""
     contents = {INDEX_NAME: plan.layout.index, plan.config_name: plan.config}
-    records = [_write_synced(directory / name, [content]) for name, content in contents.items() if content]
+    contents |= {f"{adapter.directory}/{ADAPTER_CONFIG}": adapter.config for adapter in plan.adapters}
+    records = [_write_synced(directory, name, [content]) for name, content in contents.items() if content]
     for name in plan.side_files:
-        records.append(_copy(plan.checkpoint.path / name, directory / name, name))
+        records.append(_write_synced(directory, name, plan.checkpoint.home.pieces(name)))
     return sorted(records, key=lambda record: record.name)
 
 
-def _write_synced(path: Path, pieces: Iterable[bytes]) -> FileRecord:
+def _write_synced(directory: Path, name: str, pieces: Iterable[bytes]) -> FileRecord:
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    with (directory / name).open("wb") as file:
         for piece in pieces:
             digest.update(piece)
             file.write(piece)
         num_bytes = file.tell()
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(path.name, num_bytes, digest.hexdigest())
-
-
-def _copy(source: Path, target: Path, name: str) -> FileRecord:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open_regular(source) as reader:
-        record = _write_synced(target, iter(lambda: reader.read(COPY_BYTES), b""))
-    return FileRecord(name, record.num_bytes, record.sha256)
+    return FileRecord(name, num_bytes, digest.hexdigest())

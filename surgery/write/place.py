@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from surgery.errors import OutputError, Problem
+from surgery.errors import OutputError, Problem, SurgeryError
 from surgery.plan import Plan
 from surgery.sizes import format_decimal
 
@@ -34,23 +34,27 @@ class Workplace:
         """Raises OutputError for what can be known before a byte is written."""
         try:
             for checkpoint in plan.checkpoints.values():
-                self._check_place(checkpoint.path.resolve())
+                if checkpoint.home.path:
+                    self._check_apart(checkpoint.home.path.resolve())
+            self._check_free()
             self._check_room(plan)
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, OutputError):
+            if isinstance(error, SurgeryError):
                 raise
             raise OutputError(Problem(f"cannot be a directory: {error}", str(self.out), "name another one")) from None
 
-    def _check_place(self, source: Path) -> None:
+    def _check_apart(self, source: Path) -> None:
         out = self.out.resolve()
         inside = source.is_dir() and out.is_relative_to(source)
         if self.out.name in ("", "..") or inside or source.is_relative_to(out):
             what = "is the source, holds it, or lies in it"
             raise OutputError(Problem(what, str(self.out), "name another directory: the source is never written"))
+
+    def _check_free(self) -> None:
         if os.path.lexists(self.out) and not self._overwrite:
             fix = "name another directory, or give --overwrite to replace it"
             raise OutputError(Problem("exists already", str(self.out), fix))
-        if os.path.lexists(self.out) and Path.cwd().is_relative_to(out):
+        if os.path.lexists(self.out) and Path.cwd().is_relative_to(self.out.resolve()):
             raise OutputError(Problem("is where you are: it cannot be replaced", str(self.out), "go elsewhere"))
 
     def _check_room(self, plan: Plan) -> None:
@@ -60,8 +64,9 @@ class Workplace:
         free = shutil.disk_usage(parent).free
         if self.path.exists():
             free += sum(file.stat().st_blocks * 512 for file in self.path.iterdir() if file.is_file())
-        if free < plan.cost.bytes_written:
-            have, need = format_decimal(free), format_decimal(plan.cost.bytes_written)
+        needed = plan.cost.bytes_written + _side_bytes(plan)
+        if free < needed:
+            have, need = format_decimal(free), format_decimal(needed)
             raise OutputError(Problem(f"has {have} free, the output takes {need}", str(parent), "free some space"))
 
     def open(self, *, keep: bool) -> None:
@@ -139,3 +144,8 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     new.rename(old)
     aside.rename(new)
+
+
+def _side_bytes(plan: Plan) -> int:
+    """Of the files that are copied along: a hostile one takes no room where it lies, and terabytes in a copy."""
+    return sum(plan.checkpoint.home.size(name) for name in plan.side_files)

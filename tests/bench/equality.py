@@ -80,7 +80,7 @@ def _floats(bits: NDArray) -> NDArray:
 
 def pieces_of(entry: TensorEntry) -> Iterator[bytes]:
     """The tensor's bytes in order."""
-    with entry.file.path.open("rb", buffering=0) as file:
+    with Path(str(entry.file.place)).open("rb", buffering=0) as file:
         file.seek(entry.start)
         for start in range(entry.start, entry.stop, COMPARED_BYTES):
             yield file.read(min(COMPARED_BYTES, entry.stop - start))

@@ -30,7 +30,7 @@ def run(*arguments: str, python: str = sys.executable, prefix: Sequence[str] = (
     command = [*prefix, python, *arguments]
     os.sync()  # else one run's written pages are another's waiting
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment())
     output = _Drain(process)
     peak_anonymous = 0
     while True:
@@ -45,6 +45,11 @@ def run(*arguments: str, python: str = sys.executable, prefix: Sequence[str] = (
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed\n{output.read()}")
     return Usage(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10, peak_anonymous)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with bytecode: what is installed has it, a source tree would else be compiled anew in every run."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 class _Drain:

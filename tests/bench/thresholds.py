@@ -46,6 +46,6 @@ def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     import torch
 
     entry = checkpoint.tensors[name]
-    with entry.file.path.open("rb") as file:
+    with Path(str(entry.file.place)).open("rb") as file:
         file.seek(entry.start)
         return torch.frombuffer(bytearray(file.read(entry.stop - entry.start)), dtype=torch.bfloat16)

@@ -8,11 +8,13 @@ from typing import cast
 
 from surgery.checkpoint.architecture import Architecture, Kind
 from surgery.checkpoint.modules import Module
+from surgery.errors import OpError, Problem
 from surgery.op import Finished
 
 __all__ = ["is_bitsandbytes", "other_method", "patch_config"]
 
 KEY = "quantization_config"
+PLAIN = re.compile(r"\^?[\w.\- ]*")  # means itself as a regex too, near enough
 # Modules with Linears that a task adds when it loads a model made for another one.
 FRESH_HEADS = ("classifier", "qa_outputs", "score", "pooler.dense", "cls", "classification_head")
 
@@ -86,6 +88,9 @@ def _skips(pattern: str, paths: list[str]) -> bool:
 
     Source: transformers 5.23, `should_convert_module`.
     """
+    if not PLAIN.fullmatch(pattern):
+        what = f"the module path `{pattern}` cannot stand in `llm_int8_skip_modules`, whose entries are regexes"
+        raise OpError(Problem(what, fix="give its tensors plain names with `tensor.rename`"))
     start = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
     return any(path.endswith(pattern) or start.match(path) for path in paths)
 

@@ -7,13 +7,14 @@ over must be a tensor of the base under its own name: one that the adapter store
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 from surgery.checkpoint.architecture import Architecture
+from surgery.checkpoint.home import read_json
 from surgery.checkpoint.modules import Module
-from surgery.checkpoint.paths import read_json, stands
 from surgery.errors import OpError, Problem
 from surgery.formats.peft.base import Base, Inconsistent, Misfit, Target
 from surgery.formats.peft.method import Change, Method, Part
@@ -33,8 +34,9 @@ MANIFEST = "surgery-manifest.json"
 PREFIX = "base_model."
 INNER_PREFIX = "base_model.model."
 WRAPPED = ".base_layer"
-BEFORE = (".token_adapter.base_layer", ".base_layer", ".original_module")  # wrap a module as it was before training
-TRAINED = (".modules_to_save",)
+WRAPPER = re.compile(  # of a module as it was before training, and as it was trained
+    r"\.((?P<before>(token_adapter\.)?base_layer|original_module)|modules_to_save(\.default)?)(?=\.)"
+)
 SHOWN = 3  # names of a kind in one message
 
 
@@ -142,7 +144,7 @@ class _Changes:
 
 def read_adapter(model: Model) -> Adapter:
     """The adapter `model`. Raises OpError for one that cannot be folded, or with every key that is none of PEFT's."""
-    at = str(model.checkpoint.path)
+    at = str(model.checkpoint.home)
     settings = Settings(model.config)
     method = _method(model.name, settings, at)
     parts: dict[str, dict[int, dict[str, Node]]] = {}
@@ -188,11 +190,8 @@ def _place(name: str, method: Method) -> tuple[str, int, str] | None:
 
 def _unwrapped(name: str) -> tuple[str, bool]:
     """The tensor's name in the base; and whether it is what the adapter was trained on, not what it trained."""
-    path, _, parameter = name.rpartition(".")
-    for wrapper in (*BEFORE, *TRAINED):
-        if path.endswith(wrapper):
-            return f"{path.removesuffix(wrapper)}.{parameter}", wrapper in BEFORE
-    return name, False
+    match = WRAPPER.search(name)
+    return (name[: match.start()] + name[match.end() :], match["before"] is not None) if match else (name, False)
 
 
 def _method(name: str, settings: Settings, at: str) -> Method:
@@ -242,12 +241,11 @@ def _some(names: list[str], noun: str) -> str:
 
 def refuse_other_base(model: Model, source: Model) -> None:
     """Raises OpError if the manifest beside the adapter `model` says that it was made for another checkpoint."""
-    directory = model.checkpoint.path
-    path = directory / MANIFEST
-    if not directory.is_dir() or not stands(path):
+    home = model.checkpoint.home
+    if not home.has(MANIFEST):
         return
-    base = read_json(path, directory).get("base")
+    base = read_json(home, MANIFEST).get("base")
     stated = cast("Mapping[str, object]", base).get("identity") if isinstance(base, Mapping) else None
     if isinstance(stated, str) and stated != source.checkpoint.identity:
         what = f"adapter `{model.name}` was made for the base {stated}; the source is {source.checkpoint.identity}"
-        raise OpError(Problem(what, str(path), "give that base as the source, or set `any_base: true`"))
+        raise OpError(Problem(what, home.at(MANIFEST), "give that base as the source, or set `any_base: true`"))

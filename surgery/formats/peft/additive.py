@@ -13,7 +13,7 @@ from surgery.graph import Span
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AddDelta", "AddVector"]
+__all__ = ["AddDelta", "AddRow", "AddVector"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +69,12 @@ class AddVector(FoldKernel):
         bias, vector = tiles
         delta = vector[slice(*span)].float() * self.scaling
         return ((bias + delta.to(bias.device)).to(bias.dtype),)
+
+
+@dataclass(frozen=True, slots=True)
+class AddRow(AddVector):
+    """The same with a vector stored as a row, [1, out]."""
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """One row as long as the bias."""
+        return ((1, *self.shape),)

@@ -8,6 +8,7 @@ from typing import cast
 
 from surgery.checkpoint.architecture import Architecture, Kind
 from surgery.checkpoint.modules import Module
+from surgery.formats.peft.live_names import live_name
 from surgery.types import TensorType
 
 __all__ = ["Base", "Inconsistent", "Misfit", "Target"]
@@ -70,7 +71,10 @@ class Base:
 
     def target(self, path: str) -> Target | None:
         """The module on disk that an adapter calls `path`."""
-        return next((Target(self.modules[name]) for name in self._spelled(path) if name in self.modules), None)
+        spelled = list(self._spelled(path))
+        renamed = (name for name in self.modules if live_name(name, self.config) in spelled)
+        found = next((name for name in spelled if name in self.modules), None) or next(renamed, None)
+        return None if found is None else Target(self.modules[found])
 
     def placed(self, path: str) -> tuple[Target | None, bool]:
         """The module that an adapter calls `path`; and whether it is a head that shares the embedding's tensor."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from surgery.checkpoint.architecture import Kind
-from surgery.formats.peft.additive import AddDelta
+from surgery.formats.peft.additive import AddDelta, AddRow
 from surgery.formats.peft.base import Misfit, Target
 from surgery.formats.peft.delta import AdaLora, Delta, Hadamard, Kronecker, Shards, Vera
 from surgery.formats.peft.lora import LoRA, is_turned
@@ -195,6 +195,17 @@ class LNTuning(Method):
             yield Change(name, Replacement(node))
 
 
+class BEFT(Method):
+    """Vectors that are added to the biases of Linears."""
+
+    suffixes: ClassVar = {"beft_bias": "vector"}
+
+    def changes(self, part: Part, target: Target, settings: Settings, shared: Shared) -> Iterable[Change]:
+        """The bias."""
+        bias = target.type(target.bias)
+        yield Change(target.bias, Step(AddRow(bias.shape, 1.0), part.inputs("vector")))
+
+
 class TrainableTokens(Method):
     """Rows of an embedding stored whole."""
 
@@ -214,6 +225,7 @@ def _added(part: Part, target: Target, settings: Settings, delta: Delta, slots: 
 METHODS: Mapping[str, Method] = {
     "LORA": LoRA(),
     "ADALORA": AdaLoRA(),
+    "BEFT": BEFT(),
     "IA3": IA3(),
     "LN_TUNING": LNTuning(),
     "LOHA": LoHa(),

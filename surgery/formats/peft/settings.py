@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from surgery.errors import OpError, Problem
 from surgery.formats.peft.base import Inconsistent
+from surgery.formats.peft.patterns import Patterns, ending_in
+from surgery.regexes import Limit, Regex
 
 __all__ = ["Settings"]
 
+OF_CONFIG = " in the adapter's config"
 LARGEST = 1e30  # a rank or factor beyond it is damage
 
 
@@ -21,6 +23,9 @@ class Settings:
     """An adapter's config. Entries that are missing have PEFT's defaults."""
 
     config: Mapping[str, object]
+    _regexes: dict[str, Regex] = field(default_factory=dict[str, Regex], init=False, repr=False, compare=False)
+    _patterns: dict[str, Patterns] = field(default_factory=dict[str, Patterns], init=False, repr=False, compare=False)
+    _limit: Limit = field(default_factory=lambda: Limit(OF_CONFIG), init=False, repr=False, compare=False)
 
     @property
     def peft_type(self) -> str:
@@ -48,7 +53,7 @@ class Settings:
         """Whether `key` names the module `path`: a lone name is a regex, those of a list are paths or their ends."""
         value = self.config.get(key)
         if isinstance(value, str):
-            return self._matches(value, path)
+            return self._matches(ending_in(value), path)
         return any(path == name or path.endswith(f".{name}") for name in self.names(key))
 
     def targets(self, path: str) -> bool:
@@ -58,7 +63,7 @@ class Settings:
         """
         value = self.config.get("target_modules")
         if isinstance(value, str):
-            return value == "all-linear" or self._matches_whole(value, path)
+            return value == "all-linear" or self._matches(value, path)
         named = path in (names := self.names("target_modules")) or any(path.endswith(f".{name}") for name in names)
         return named or not names or self.targets_parameter(f"{path}.weight")
 
@@ -96,21 +101,17 @@ class Settings:
         """
         patterns = self.config.get(patterns_key)
         if isinstance(patterns, Mapping):
-            for pattern, value in cast("Mapping[str, object]", patterns).items():
-                if self._matches(pattern, path):
-                    return _checked(patterns_key, value)
+            if patterns_key not in self._patterns:
+                self._patterns[patterns_key] = Patterns(cast("Mapping[str, object]", patterns), self._limit)
+            found = self._patterns[patterns_key].value(path)
+            if found:
+                return _checked(patterns_key, found[0])
         return self.number(key, default)
 
-    @classmethod
-    def _matches(cls, pattern: str, path: str) -> bool:
-        return cls._matches_whole(rf"(.*\.)?({pattern})", path)
-
-    @staticmethod
-    def _matches_whole(pattern: str, path: str) -> bool:
-        try:
-            return re.fullmatch(pattern, path) is not None
-        except (re.error, RecursionError, OverflowError) as error:
-            raise OpError(Problem(f"`{pattern}` in the adapter's config is no regex: {error}")) from None
+    def _matches(self, pattern: str, path: str) -> bool:
+        if pattern not in self._regexes:
+            self._regexes[pattern] = Regex(pattern, self._limit)
+        return self._regexes[pattern].fullmatch(path) is not None
 
 
 def _checked(key: str, value: object) -> float:

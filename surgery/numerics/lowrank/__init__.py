@@ -7,6 +7,16 @@ from __future__ import annotations
 
 from surgery.numerics.lowrank.adding import Concatenated, Mixed, ReducedSum, SummedSVD
 from surgery.numerics.lowrank.difference import LowRankDifference
+from surgery.numerics.lowrank.principal import PrincipalComponents, Residual
 from surgery.numerics.lowrank.recipe import Recipe
 
-__all__ = ["Concatenated", "LowRankDifference", "Mixed", "Recipe", "ReducedSum", "SummedSVD"]
+__all__ = [
+    "Concatenated",
+    "LowRankDifference",
+    "Mixed",
+    "PrincipalComponents",
+    "Recipe",
+    "ReducedSum",
+    "Residual",
+    "SummedSVD",
+]

@@ -15,12 +15,31 @@ from surgery.types import DType, TensorType
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LowRankDifference"]
+__all__ = ["LowRankDifference", "is_sketched", "sketch_width", "svd_workspace"]
 
 FLOAT_BYTES = 4
 SOURCE_DTYPES = (DType.F32, DType.F16, DType.BF16)
 SMALL = 1024  # the exact SVD of a matrix with a side no longer than this takes about a second
 SKETCH_SHARE = 4  # a sketch pays where it is this much narrower than the matrix
+
+
+def sketch_width(rank: int) -> int:
+    """Columns of a random sketch: twice the rank, and some more for small ranks."""
+    return 2 * rank + 16
+
+
+def is_sketched(num_rows: int, num_columns: int, rank: int) -> bool:
+    """Whether a random sketch pays for a matrix of this shape."""
+    shorter = min(num_rows, num_columns)
+    return shorter > SMALL and SKETCH_SHARE * sketch_width(rank) <= shorter
+
+
+def svd_workspace(shape: tuple[int, ...], rank: int, *, sketched: bool | None = None) -> int:
+    """Bytes that decomposing takes: LAPACK's copy, the vectors and its work area, or the sketch."""
+    shorter, longer = sorted(shape)
+    sketched = is_sketched(shorter, longer, rank) if sketched is None else sketched
+    vectors = 8 * sketch_width(rank) * (shorter + longer) if sketched else shorter * (shorter + longer) + 8 * shorter**2
+    return FLOAT_BYTES * (shorter * longer + vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +82,7 @@ class LowRankDifference(Kernel):
             factors.check_finite(tensor, f" in the {whose}")
         delta_OI = self._delta(*inputs)
         if self.is_randomized(*delta_OI.shape):
-            triplets = factors.randomized_svd(delta_OI, self.rank, self.width, self.draw)
+            triplets = factors.randomized_svd(delta_OI, self.rank, sketch_width(self.rank), self.draw)
         else:
             triplets = factors.svd(delta_OI, self.rank)
         num_kept = self.rank
@@ -73,16 +92,9 @@ class LowRankDifference(Kernel):
         a_RI, b_OR = factors.balanced(triplets, self.rank, num_kept, self.scaling)
         return tuple(rounded(factor, self.dtype).to(inputs[0].device) for factor in (a_RI, b_OR))
 
-    @property
-    def width(self) -> int:
-        """Columns of the sketch: twice the rank, and some more for small ranks."""
-        return 2 * self.rank + 16
-
     def is_randomized(self, num_rows: int, num_columns: int) -> bool:
         """Whether a matrix of this shape is decomposed by a random sketch."""
-        shorter = min(num_rows, num_columns)
-        pays = shorter > SMALL and SKETCH_SHARE * self.width <= shorter
-        return self.method == "randomized" or (self.method == "auto" and pays)
+        return self.method == "randomized" or (self.method == "auto" and is_sketched(num_rows, num_columns, self.rank))
 
     def _delta(self, base: Tensor, tuned: Tensor) -> Tensor:
         delta = tuned.cpu().float() - base.cpu().float()
@@ -90,12 +102,10 @@ class LowRankDifference(Kernel):
 
     def workspace(self, *inputs: TensorType) -> int:
         """The difference with its operands; and for an exact SVD LAPACK's copy, the vectors and its work area."""
-        num_elements = inputs[0].num_elements
-        shorter, longer = sorted(inputs[0].shape)
-        if self.is_randomized(shorter, longer):
-            return FLOAT_BYTES * (3 * num_elements + 8 * self.width * (shorter + longer))
-        vectors = shorter * (shorter + longer) + 8 * shorter**2
-        return FLOAT_BYTES * (3 * num_elements + vectors)
+        shape = (inputs[0].shape[0], inputs[0].shape[1])
+        return 2 * FLOAT_BYTES * inputs[0].num_elements + svd_workspace(
+            shape, self.rank, sketched=self.is_randomized(*shape)
+        )
 
     def measure(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> TileError | None:
         """What the cut to a rank, and the rounding, leave out of the difference."""

@@ -35,7 +35,7 @@ class Linear(MergeKernel):
         """One tile."""
         import torch
 
-        from surgery.numerics.merge.pieces import load, pieces, store
+        from surgery.numerics.merge.pieces import PIECE, load, pieces, store
         from surgery.numerics.merge.vectors import each
         from surgery.numerics.scratch import scratch
 
@@ -46,9 +46,10 @@ class Linear(MergeKernel):
         divides = self.normalize and float(divisor) != 1.0
         factors = each(weights.to(first.device))
         out = torch.empty(first.numel(), dtype=torch_dtype(self.dtype), device=first.device)
+        zeros = scratch("zeros", torch.float32, min(PIECE, first.numel()), first.device).zero_()
         for piece in pieces(first.numel()):
             acc = scratch("acc", torch.float32, piece.stop - piece.start, first.device)
-            before = scratch("zeros", torch.float32, acc.numel(), first.device).zero_()
+            before = zeros[: acc.numel()]
             for tile, weight in zip(tiles, factors, strict=True):
                 x = load(load(tile[piece], work, "cast"), torch.float32, "x")
                 before = torch.addcmul(before, x, weight, out=acc)

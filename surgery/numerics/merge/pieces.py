@@ -12,7 +12,7 @@ from surgery.numerics.scratch import scratch
 
 __all__ = ["PIECE", "delta", "load", "magnitudes", "pieces", "store", "total"]
 
-PIECE = 1 << 17  # elements; divides every block, so that only the tensor's last piece is shorter
+PIECE = 1 << 18  # elements; divides every block, so that only the tensor's last piece is shorter
 
 _IN_SEQUENCE = 4  # rows up to which torch.sum(dim=0) adds one row after the other, in every column
 

@@ -11,17 +11,19 @@ from typing import ClassVar, Literal
 from surgery.checkpoint.architecture import Kind
 from surgery.errors import OpError, Problem
 from surgery.formats.lora import PREFIX, factor_names, factor_ranks, is_factor, patterned
+from surgery.formats.peft.attaching import is_tied, task_type
 from surgery.graph import Node
 from surgery.numerics.dtypes import float_dtype
 from surgery.numerics.lowrank import LowRankDifference
 from surgery.op import SOURCE, Finished, Model, Op, Rewrite, Scene, Site, doc
+from surgery.regexes import flaw, matching
 from surgery.sizes import SIZE_PATTERN, format_decimal, parse_size
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 64
 HEADER_BYTES = 120  # of a tensor in the file's header, beside its name
+WITHOUT_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks for which PEFT trains no head of its own
 TRANSPOSED = (Kind.CONV1D, Kind.EMBEDDING)  # kinds whose factors are those of the transposed weight
-INPUT_EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|shared)")
 
 COUNT_SCHEMA = {"type": "integer", "minimum": 1}
 SHARE_SCHEMA = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
@@ -151,7 +153,8 @@ class Extract(Op):
         """The tensors of the modules to save, by the names that PEFT gives them."""
         selected = {site.path for site in scene.sites}
         paths = dict.fromkeys(name.rpartition(".")[0] for name in tuned.nodes)
-        saved = [path for path in paths if any(re.fullmatch(regex, path) for regex in self.modules_to_save)]
+        matched = {path for regex in self.modules_to_save for path in matching(regex, paths)}
+        saved = [path for path in paths if path in matched]
         problems = [
             Problem(what, fix=fix) for what, fix in _saving_mistakes(self.modules_to_save, saved, paths, selected)
         ]
@@ -211,10 +214,11 @@ class Extract(Op):
         rank, pattern = patterned(ranks)
         whole = [name.removeprefix(PREFIX).rpartition(".")[0] for name in finished.nodes if not is_factor(name)]
         conv1d = finished.architecture.conv1d
+        task = task_type(config)
         base, _, commit = finished.models[SOURCE].checkpoint.identity.partition("@")
         return {
             "peft_type": "LORA",
-            "task_type": _task_type(config),
+            "task_type": task if task in WITHOUT_HEAD else None,
             "base_model_name_or_path": base if commit else None,
             "revision": commit or None,
             "inference_mode": True,
@@ -254,15 +258,10 @@ def _base_weight(site: Site) -> Node:
     weights = _weights(site)
     if not weights:
         raise site.refuse(f"has no weight; it holds {', '.join(site.nodes)}", "narrow `modules`, or `modules_to_save`")
-    if site.module.kind is Kind.EMBEDDING and INPUT_EMBEDDINGS.fullmatch(site.path) and _is_tied(site):
+    if site.module.kind is Kind.EMBEDDING and is_tied(site.path, site.scene):
         what = "is tied to the output head, which a LoRA on the embedding would not reach"
         raise site.refuse(what, "take it away with `except`")
     return weights[0]
-
-
-def _is_tied(site: Site) -> bool:
-    on_disk = any(f"{head}.weight" in site.scene.names for head in site.architecture.heads)
-    return site.architecture.is_tied(site.config) and not on_disk
 
 
 def _size_mistake(size: str | int | None) -> str:
@@ -275,10 +274,8 @@ def _size_mistake(size: str | int | None) -> str:
 
 def _regex_mistake(regexes: Iterable[str]) -> str:
     for regex in regexes:
-        try:
-            re.compile(regex)
-        except (re.error, RecursionError, OverflowError) as error:
-            return f"`modules_to_save`: `{regex}` is no regex: {error}"
+        if reason := flaw(regex):
+            return f"`modules_to_save`: `{regex}` is no regex: {reason}"
     return ""
 
 
@@ -287,7 +284,7 @@ def _saving_mistakes(
 ) -> Iterable[tuple[str, str]]:
     """What PEFT would not load as it is meant: it takes every module whose path ends like one to be saved."""
     for regex in regexes:
-        if not any(re.fullmatch(regex, path) for path in saved):
+        if not matching(regex, saved):
             yield f"`modules_to_save`: `{regex}` matches no module of the fine-tuned model", "correct the regex"
     for path in saved:
         if path in selected:
@@ -297,18 +294,3 @@ def _saving_mistakes(
         like = sorted(other for other in others if other.endswith(path) or other.startswith(f"{path}."))
         if like:
             yield f"PEFT would save `{like[0]}` too, whose path is like `{path}`", "save both, or neither"
-
-
-def _task_type(config: Mapping[str, object]) -> str | None:
-    """The task by the class that the base names, where PEFT's class for it needs nothing more in the adapter."""
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""  # pyright: ignore[reportUnknownArgumentType]
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if _SEQ_2_SEQ.fullmatch(name) else None
-
-
-_SEQ_2_SEQ = re.compile(
-    r"(T5|MT5|UMT5|LongT5|SwitchTransformers|Bart|MBart|Pegasus|PegasusX|BigBirdPegasus|LED|M2M100|NllbMoe|Blenderbot"
-    r"|BlenderbotSmall|Plbart|PLBart|ProphetNet)ForConditionalGeneration|MarianMTModel"
-)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from surgery.checkpoint.architecture import Kind
-from surgery.checkpoint.modules import Module, module_of, modules_of
+from surgery.checkpoint.modules import modules_of
 from surgery.errors import OpError, Problem
 from surgery.formats.bitsandbytes import is_bitsandbytes, patch_config, quantize_of_dequantize
 from surgery.formats.peft import Floats, Tied, read_adapter, refuse_other_base
+from surgery.formats.vocabulary import vocabulary_sizes, with_vocabulary
 from surgery.graph import Node, Rule
 from surgery.numerics.cast import cast_of_cast, transpose_of_cast
 from surgery.numerics.transpose import transpose_of_transpose
@@ -110,7 +110,7 @@ class Fold(Op):
     def _fold(self, model: Model, weight: float, scene: Scene, nodes: dict[str, Node]) -> None:
         if not model.checkpoint.is_adapter:
             what = f"`{model.name}` is no adapter directory: it holds no adapter_config.json with its weights"
-            raise OpError(Problem(what, str(model.checkpoint.path), "give the directory that `save_pretrained` wrote"))
+            raise OpError(Problem(what, str(model.checkpoint.home), "give the directory that `save_pretrained` wrote"))
         if not self.any_base:
             refuse_other_base(model, scene.models[SOURCE])
         types = {name: node.type for name, node in nodes.items()}
@@ -118,7 +118,7 @@ class Fold(Op):
         adapter = read_adapter(model)
         patches = adapter.patches(types, modules, scene.architecture, _config(scene, types), tied=self.tied)
         if not patches:
-            raise OpError(Problem(f"adapter `{model.name}` changes nothing", str(model.checkpoint.path)))
+            raise OpError(Problem(f"adapter `{model.name}` changes nothing", str(model.checkpoint.home)))
         before = dict(nodes)
         for name, patch in patches.items():
             nodes[name] = patch.apply(scene.graph, before[patch.origin or name], weight)
@@ -129,8 +129,7 @@ class Fold(Op):
             config = patch_config(config, finished, {})
         if self.tied == "untie" and _is_untied(config, finished):
             config = {**config, "tie_word_embeddings": False}
-        size = _vocabulary(config, finished)
-        return {**config, "vocab_size": size} if size else config
+        return with_vocabulary(config, finished)
 
 
 def _config(scene: Scene, types: Mapping[str, TensorType]) -> Mapping[str, object]:
@@ -147,28 +146,9 @@ def _is_untied(config: Mapping[str, object], finished: Finished) -> bool:
     )
 
 
-def _vocabulary(config: Mapping[str, object], finished: Finished) -> int | None:
-    """The rows of the embeddings, where they were as many as the config says and are now others."""
-    sizes = _sizes(config, finished.models[SOURCE], finished.nodes, finished.modules)
-    return next(iter(sizes - {config.get("vocab_size")}), None)
-
-
 def _refuse_two_vocabularies(scene: Scene, nodes: Mapping[str, Node]) -> None:
     """Raises OpError if an adapter brings a larger vocabulary for the embedding or the head alone."""
-    sizes = _sizes(scene.config, scene.models[SOURCE], nodes, scene.modules)
+    sizes = vocabulary_sizes(scene.config, scene.models[SOURCE], nodes, scene.modules)
     if len(sizes) > 1:
         what = f"the vocabulary would be of {' and of '.join(map(str, sorted(sizes)))} tokens, here and there"
         raise OpError(Problem(what, fix="fold an adapter that stores the embedding and the head"))
-
-
-def _sizes(
-    config: Mapping[str, object], source: Model, nodes: Mapping[str, Node], modules: Mapping[str, Module]
-) -> set[int]:
-    """The rows of embeddings and heads that had one for each token of the vocabulary."""
-    size = config.get("vocab_size")
-    return {
-        node.type.shape[0]
-        for name, node in nodes.items()
-        if name in source.nodes and source.nodes[name].type.shape[:1] == (size,)
-        if (module := modules.get(module_of(name))) and module.kind in (Kind.EMBEDDING, Kind.HEAD)
-    }

@@ -20,6 +20,7 @@ from surgery.formats.bitsandbytes import is_bitsandbytes, patch_config
 from surgery.graph import Node
 from surgery.numerics.scale import Scale
 from surgery.op import SOURCE, Finished, Model, Op, Rewrite, Scene, doc
+from surgery.regexes import Limit, Regex, flaw, matching
 from surgery.types import TensorType
 
 Indices = list[int | list[int]]
@@ -181,11 +182,8 @@ class Select(Op):
 
 
 def _broken(regex: str) -> str:
-    try:
-        re.compile(regex)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"`{regex}` is no regex: {error}"
-    return ""
+    reason = flaw(regex)
+    return f"`{regex}` is no regex: {reason}" if reason else ""
 
 
 def _model(piece: Mapping[str, object]) -> str:
@@ -247,6 +245,8 @@ class _Selection:
     def __init__(self, op: Select, scene: Scene) -> None:
         self.op = op
         self.scene = scene
+        self._limit = Limit(" of `scale`")
+        self._regexes: dict[str, Regex] = {}
         self._refuse_adapters()
         self._refuse_sharing()
         self.stack = stack_at(op.stack, scene.names)
@@ -348,7 +348,7 @@ class _Selection:
         }
 
     def _scaled(self, name: str, node: Node, scales: tuple[tuple[str, float], ...]) -> Node:
-        factor = next((factor for regex, factor in scales if re.fullmatch(regex, name)), 1)
+        factor = next((factor for regex, factor in scales if self._regex(regex).fullmatch(name)), 1)
         if factor == 1:
             return node
         try:
@@ -356,13 +356,18 @@ class _Selection:
         except ValueError as error:
             raise OpError(Problem(f"`{name}` cannot be scaled: {error}", fix="narrow the regex of `scale`")) from None
 
+    def _regex(self, pattern: str) -> Regex:
+        if pattern not in self._regexes:
+            self._regexes[pattern] = Regex(pattern, self._limit)
+        return self._regexes[pattern]
+
     def _check_scales(self) -> None:
         """No regex without a tensor: its factor would be lost."""
         for piece in self.op.slices or ():
             layers = [self.stacks[_model(piece)].layers[index] for index in range(*_range(piece))]
             names = [full for layer in layers for full in layer.values()]
             for regex in _scales(piece):
-                if not any(re.fullmatch(regex, name) for name in names):
+                if not matching(regex, names):
                     what = f"`{regex}` of `scale` matches no tensor of these layers"
                     raise OpError(Problem(what, fix=f"it is matched in full against names such as `{names[0]}`"))
 

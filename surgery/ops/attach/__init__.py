@@ -1,0 +1,1 @@
+"""Ops that write an adapter beside the checkpoint: one file each."""

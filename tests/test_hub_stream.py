@@ -1,0 +1,407 @@
+"""Streaming from the Hub: few requests, each byte once, nothing kept on disk, and no fault gives wrong bytes."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub import Content, Fault, Hub, command, files_of, serving
+from safetensors.torch import save, save_file
+
+import surgery
+
+REPO = "org/model"
+COMMIT = "c" * 40
+NF4 = {"op": "quantize.nf4", "modules": "all-linear"}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+DATA = r"^/cdn/.*safetensors"  # an answer with weights, of which the first two are headers
+QUICK = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+
+
+def weights(seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Two shards of several ranges each."""
+    generator = torch.Generator().manual_seed(seed)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for number, file in enumerate(SHARDS):
+        prefix = f"model.layers.{number}"
+        shards[file] = {
+            f"{prefix}.mlp.up_proj.weight": torch.randn(1024, 1024, generator=generator),
+            f"{prefix}.mlp.down_proj.weight": torch.randn(512, 1024, generator=generator),
+            f"{prefix}.input_layernorm.weight": torch.ones(1024),
+        }
+    return shards
+
+
+def write_model(path: Path, seed: int) -> Path:
+    path.mkdir()
+    shards = weights(seed)
+    for file, tensors in shards.items():
+        save_file(tensors, path / file, {"format": "pt"})
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.model").write_bytes(bytes(range(256)) * 40)
+    (path / "assets").mkdir()
+    (path / "assets" / "notice.txt").write_text("as it is\n")
+    (path / "empty.txt").write_text("")
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("local") / "model", 0)
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("donor") / "model", 1)
+
+
+@pytest.fixture
+def hub(local: Path, donor: Path) -> Iterator[Hub]:
+    with serving(REPO, {"main": COMMIT}, {COMMIT: files_of(local)}) as hub:
+        hub.more = {"org/donor": {"d" * 40: files_of(donor)}}
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_spec(tmp_path, [NF4])
+    return tmp_path
+
+
+def write_spec(home: Path, edits: list[dict[str, Any]], source: str = REPO, **models: str) -> None:
+    spec = {"version": 1, "source": source, **({"models": models} if models else {}), "edits": edits}
+    (home / "spec.yaml").write_text(json.dumps(spec))
+
+
+def apply(home: Path, hub: Hub, *options: str, **more: str) -> Any:
+    return command(home, hub, "apply", "spec.yaml", "-o", "out", *options, **{**QUICK, **more})
+
+
+def applied(home: Path, hub: Hub, *options: str, **more: str) -> dict[str, bytes]:
+    run = apply(home, hub, *options, **more)
+    assert run.returncode == 0, run.stderr
+    return output(home / "out")
+
+
+def refused(run: Any) -> str:
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.startswith("error: "), run.stderr
+    return run.stderr
+
+
+def output(out: Path) -> dict[str, bytes]:
+    """All files but the manifest, which names the source."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    del found["surgery-manifest.json"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    surgery.apply(surgery.plan({"version": 1, "source": str(local), "edits": [NF4]}), out)
+    return output(out)
+
+
+def read_of(hub: Hub) -> dict[str, list[tuple[int, int]]]:
+    """What was sent of weights, by file."""
+    return {name: sorted(spans) for name, spans in hub.served.by_path.items() if name.endswith(".safetensors")}
+
+
+def forget(hub: Hub) -> None:
+    hub.requests.clear()
+    hub.served.by_path.clear()
+    hub.served.num_requests = hub.served.num_bytes = 0
+
+
+# What it takes
+
+
+def many_shards(num_shards: int) -> dict[str, Content]:
+    weight_map: dict[str, str] = {}
+    files: dict[str, Content] = {}
+    for number in range(num_shards):
+        name = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        tensors = {
+            f"model.layers.{number}.{part}.weight": torch.zeros(32, 64)
+            for part in ("mlp.up_proj", "mlp.gate_proj", "self_attn.q_proj")
+        }
+        files[name] = save(tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    files["config.json"] = b'{"model_type": "llama"}'
+    return files
+
+
+def test_a_plan_of_a_thousand_shards_takes_one_small_range_of_each(home: Path, hub: Hub) -> None:
+    files = many_shards(1000)
+    hub.files[COMMIT] = files
+    run = command(home, hub, "plan", "spec.yaml", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["summary"]["change"] == 3000
+    ranges = read_of(hub)
+    assert len(ranges) == 1000 and all(len(spans) == 1 for spans in ranges.values())
+    assert hub.served.num_requests == 1 + 2 + 2 * 1000  # the listing; index and config; each with its link
+    headers = sum(struct.unpack("<Q", bytes(raw[:8]))[0] + 8 for name, raw in files.items() if name in ranges)
+    assert sum(stop for ((_, stop),) in ranges.values()) < 1.4 * headers < 600_000
+    assert hub.most_at_once <= 16
+
+
+@pytest.mark.parametrize("skip", [0, 2], ids=["headers", "weights"])
+def test_several_ranges_are_in_flight(skip: int, home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
+    """The first two answers wait for each other."""
+    hub.faults = [Fault("gather", DATA, 2, skip)]
+    assert applied(home, hub, "--memory", "64MiB") == expected
+    assert not hub.gathering.broken
+
+
+def test_inspecting_reads_headers_alone(home: Path, hub: Hub, local: Path) -> None:
+    run = command(home, hub, "inspect", REPO, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["bytes"] == surgery.inspect(local).num_bytes
+    assert sum(stop - start for spans in read_of(hub).values() for start, stop in spans) < 4096
+    assert not list((home / "cache").rglob("*.safetensors"))
+
+
+def test_each_byte_of_the_source_is_sent_once(home: Path, hub: Hub, local: Path, expected: dict[str, bytes]) -> None:
+    assert command(home, hub, "plan", "spec.yaml").returncode == 0
+    for_the_plan = read_of(hub)
+    forget(hub)
+    assert applied(home, hub) == expected
+    for file, spans in read_of(hub).items():
+        for span in for_the_plan[file]:  # `apply` plans first
+            spans.remove(span)
+        assert spans[0][0] == 0 and spans[-1][1] == (local / file).stat().st_size
+        assert all(stop == start for (_, stop), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("memory", ["64MiB", "2GiB"])
+def test_any_memory_gives_the_same_bytes(memory: str, home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
+    assert applied(home, hub, "--memory", memory) == expected
+
+
+def test_nothing_of_the_source_stays_on_disk(home: Path, hub: Hub) -> None:
+    applied(home, hub)
+    assert {path.name for path in home.iterdir()} <= {"spec.yaml", "out", "cache"}
+    kept = [path for path in (home / "cache").rglob("*") if path.is_file()]
+    assert not kept, kept
+
+
+def test_the_manifest_has_the_digests_that_the_hub_lists(home: Path, hub: Hub) -> None:
+    applied(home, hub)
+    manifest = json.loads((home / "out" / "surgery-manifest.json").read_text())
+    files = {entry["name"]: entry["sha256"] for entry in manifest["source"]["files"]}
+    assert files == {name: hub.sha256(hub.files[COMMIT][name]) for name in SHARDS}
+
+
+def test_a_download_is_kept_and_used_from_then_on(home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
+    assert applied(home, hub, "--download") == expected
+    manifest = (home / "out" / "surgery-manifest.json").read_bytes()
+    forget(hub)
+    assert applied(home, hub, "--overwrite") == expected
+    assert not [path for _, path in hub.asked if "/resolve/" in path]
+    assert (home / "out" / "surgery-manifest.json").read_bytes() == manifest
+    (home / "cache").rename(home / "away")
+    assert applied(home, hub, "--overwrite") == expected
+    assert (home / "out" / "surgery-manifest.json").read_bytes() == manifest
+
+
+def test_a_file_that_the_cache_holds_in_part_is_read_from_the_hub(
+    home: Path, hub: Hub, expected: dict[str, bytes]
+) -> None:
+    assert command(home, hub, "plan", "spec.yaml", "--download").returncode == 0
+    (cached,) = (home / "cache").rglob(SHARDS[1])
+    os.truncate(cached, 100)
+    forget(hub)
+    assert applied(home, hub) == expected
+    assert set(read_of(hub)) == {SHARDS[1]}
+
+
+def test_of_a_donor_only_what_is_needed_is_read(home: Path, hub: Hub, local: Path, donor: Path) -> None:
+    merge = {"op": "merge.linear", "tensors": r".*\.0\.mlp\.down_proj\.weight", "models": {"other": {"weight": 1}}}
+    write_spec(home, [merge], str(local), other="org/donor")
+    out = applied(home, hub)
+    write_spec(home, [merge], str(local), other=str(donor))
+    assert applied(home, hub, "--overwrite") == out
+    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
+    assert 512 * 1024 * 4 <= sent < 512 * 1024 * 4 + 8192
+    manifest = json.loads((home / "out" / "surgery-manifest.json").read_text())
+    assert manifest["spec"]["models"]["other"].startswith("sha256:")
+
+
+def test_what_two_passes_need_is_sent_once(home: Path, hub: Hub, local: Path, donor: Path) -> None:
+    """What does not fit the memory between its passes lies on scratch, which is gone at the end."""
+    ties = {"op": "merge.ties", "models": {"other": {"weight": 1, "density": 0.4}}}
+    write_spec(home, [ties], other="org/donor")
+    run = command(home, hub, "plan", "spec.yaml", "--json")
+    least = json.loads(run.stdout)["cost"]["min_memory_bytes"]
+    forget(hub)
+    out = applied(home, hub, "--memory", str(least), "--workers", "1")
+    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
+    whole = sum((path / file).stat().st_size for path in (local, donor) for file in SHARDS)
+    assert whole <= sent < whole + 8192
+    assert {path.name for path in home.iterdir()} <= {"spec.yaml", "out", "cache"}
+    write_spec(home, [ties], str(local), other=str(donor))
+    assert applied(home, hub, "--overwrite") == out
+
+
+def test_a_tensor_of_two_outputs_is_sent_once(home: Path, hub: Hub, local: Path) -> None:
+    twice = {"op": "layers.select", "slices": [{"layers": [0, 2]}, {"layers": [0, 2]}]}
+    write_spec(home, [twice])
+    out = applied(home, hub, "--memory", "64MiB")
+    for file, spans in read_of(hub).items():
+        size = (local / file).stat().st_size
+        assert size <= sum(stop - start for start, stop in spans) < size + 8192
+    write_spec(home, [twice], str(local))
+    assert applied(home, hub, "--overwrite") == out
+
+
+def test_a_token_goes_to_the_hub_alone(home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
+    assert applied(home, hub, HF_TOKEN="hf_secret") == expected
+    assert {request.token for request in hub.requests if request.host.startswith("127.")} == {"Bearer hf_secret"}
+    assert {request.token for request in hub.requests if request.host.startswith("localhost")} == {""}
+
+
+# What goes wrong, and is mended
+
+MENDED = {
+    "too-many-requests": Fault("status", DATA, 2, 2, "429 1"),
+    "too-many-requests-at-the-start": Fault("status", "^/api/", 1, 0, "429 1"),
+    "unavailable": Fault("status", DATA, 3, 2, "503"),
+    "unavailable-listing": Fault("status", "^/api/", 2, 0, "500"),
+    "unavailable-hub": Fault("status", "/resolve/.*safetensors", 2, 0, "502"),
+    "bad-gateway-in-the-header": Fault("status", DATA, 1, 0, "502"),
+    "connection-reset": Fault("reset", DATA, 3, 2),
+    "connection-reset-in-a-side-file": Fault("reset", "tokenizer", 2),
+    "stall": Fault("stall", DATA, 1, 2),
+    "short-body": Fault("short", DATA, 3, 2),
+    "expired-link": Fault("status", DATA, 2, 2, "403"),
+    "a-mirror-that-lists-no-sizes": Fault("no_sizes", "^/api/", -1),
+}
+
+
+@pytest.mark.parametrize("fault", MENDED.values(), ids=MENDED)
+def test_a_passing_fault_is_mended(fault: Fault, home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
+    hub.faults = [Fault(fault.kind, fault.path, fault.times, fault.skip, fault.value)]
+    assert applied(home, hub) == expected
+    assert fault.times < 0 or not hub.faults[0].times
+
+
+def test_a_link_that_expires_again_and_again_is_asked_for_again(
+    home: Path, hub: Hub, expected: dict[str, bytes]
+) -> None:
+    hub.link_uses = 1
+    assert applied(home, hub, "--memory", "64MiB") == expected
+
+
+def test_what_broke_off_goes_on_where_it_broke_off(home: Path, hub: Hub, local: Path) -> None:
+    hub.faults = [Fault("short", DATA, 1, 2)]
+    applied(home, hub)
+    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
+    assert sent < sum((local / file).stat().st_size for file in SHARDS) + 8192
+
+
+# What goes wrong, and is refused
+
+OTHER = "is not what the Hub listed"
+FATAL = {
+    "ranges-are-ignored": (Fault("no_ranges", DATA, -1, 2), "comes whole where bytes", SHARDS[0]),
+    "ranges-are-ignored-in-headers": (Fault("no_ranges", DATA, -1), "--download", SHARDS[0]),
+    "another-range": (Fault("content_range", DATA, -1, 2, "bytes 0-9/10"), "comes as 'bytes 0-9/10'", SHARDS[0]),
+    "a-smaller-range": (Fault("smaller_range", DATA, -1, 2), "were asked for", SHARDS[0]),
+    "more-than-asked": (Fault("long", DATA, 1, 2), "more bytes than were asked for", SHARDS[0]),
+    "another-commit": (Fault("commit", "/resolve/.*safetensors$", -1, 0, "e" * 40), OTHER, SHARDS[0]),
+    "another-etag": (Fault("etag", "/resolve/.*safetensors$", -1, 0, "e" * 64), OTHER, SHARDS[0]),
+    "damaged-weights": (Fault("corrupt", DATA, 1, 2), "is damaged: its sha256 is", "model-0000"),
+    "damaged-config": (Fault("corrupt", "config.json", 1), "is damaged: its git blob is", "config.json"),
+    "damaged-side-file": (Fault("corrupt", "cdn.*tokenizer.model", 1), "is damaged: its sha256 is", "tokenizer.model"),
+    "gated": (Fault("gated", "/resolve/", -1), "accept its terms on the Hub", "org/model"),
+    "refused-links": (Fault("status", DATA, -1, 2, "403"), "is refused with 403", SHARDS[0]),
+    "a-wait-that-is-too-long": (Fault("status", DATA, -1, 2, "429 4000"), "answers 429", SHARDS[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FATAL.values(), ids=FATAL)
+def test_a_lasting_fault_is_an_error_and_never_wrong_bytes(case: tuple[Fault, str, str], home: Path, hub: Hub) -> None:
+    fault, message, file = case
+    hub.faults = [Fault(fault.kind, fault.path, fault.times, fault.skip, fault.value)]
+    text = refused(apply(home, hub, "--memory", "64MiB"))
+    assert message in text and (file in text or file.replace("00001-of", "00002-of") in text)
+    assert not (home / "out").exists()
+
+
+def test_what_was_made_of_damaged_weights_is_not_gone_on_from(home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
+    spec = json.loads((home / "spec.yaml").read_text())
+    (home / "spec.yaml").write_text(json.dumps({**spec, "output": {"shard_size": "1MB"}}))
+    hub.faults = [Fault("corrupt", DATA, 1, 2)]
+    refused(apply(home, hub))
+    assert {path.name for path in home.iterdir()} <= {"spec.yaml", "cache"}
+
+
+def test_a_run_that_lost_the_hub_goes_on_with_resume(home: Path, hub: Hub, local: Path, tmp_path: Path) -> None:
+    spec = {**json.loads((home / "spec.yaml").read_text()), "output": {"shard_size": "400KB"}}
+    (home / "spec.yaml").write_text(json.dumps(spec))
+    hub.faults = [Fault("status", rf"^/cdn/.*{SHARDS[1]}", -1, 1, "503")]
+    text = refused(apply(home, hub, "--memory", "64MiB"))
+    assert "again and again: the server answers 503" in text and SHARDS[1] in text
+    assert not (home / "out").exists()
+    hub.faults = []
+    forget(hub)
+    out = applied(home, hub, "--resume", "--memory", "64MiB")
+    surgery.apply(surgery.plan({**spec, "source": str(local)}), tmp_path / "again")
+    assert out == output(tmp_path / "again")
+    sent = sum(stop - start for start, stop in read_of(hub).get(SHARDS[0], []))
+    assert sent < (local / SHARDS[0]).stat().st_size
+
+
+@pytest.mark.parametrize("name", ["../up.txt", "/etc/up.txt", "a/../../up.txt", "a\\..\\up", "a//b", "nul\0.txt"])
+def test_a_name_that_leads_out_of_the_repository_is_refused(name: str, home: Path, hub: Hub) -> None:
+    hub.files[COMMIT][name] = b"out"
+    assert "whose name is no path in it" in refused(apply(home, hub))
+
+
+def test_a_shard_that_is_missing_is_named(home: Path, hub: Hub) -> None:
+    del hub.files[COMMIT][SHARDS[1]]
+    text = refused(apply(home, hub))
+    assert f"names the shard `{SHARDS[1]}` (3 tensors), which is missing" in text and COMMIT in text
+
+
+# What else lies on the Hub
+
+
+def test_a_quantized_model_is_dequantized_from_the_hub(home: Path, hub: Hub, local: Path, tmp_path: Path) -> None:
+    """Its records are read while planning."""
+    surgery.apply(surgery.plan({"version": 1, "source": str(local), "edits": [NF4]}), tmp_path / "nf4")
+    hub.files[COMMIT] = files_of(tmp_path / "nf4")
+    back = {"op": "quantize.dequantize", "modules": "all-linear"}
+    write_spec(home, [back])
+    out = applied(home, hub)
+    write_spec(home, [back], str(tmp_path / "nf4"))
+    assert applied(home, hub, "--overwrite") == out
+
+
+def test_an_adapter_is_folded_from_the_hub(home: Path, hub: Hub, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    (tmp_path / "lora").mkdir()
+    key = "base_model.model.model.layers.0.mlp.up_proj"
+    factors = {
+        f"{key}.lora_A.weight": torch.randn(4, 1024, generator=generator),
+        f"{key}.lora_B.weight": torch.randn(1024, 4, generator=generator),
+    }
+    save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up_proj"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    hub.more["org/lora"] = {"f" * 40: files_of(tmp_path / "lora")}
+    fold = {"op": "adapter.fold", "models": {"tune": {"weight": 1}}}
+    write_spec(home, [fold], tune="org/lora")
+    out = applied(home, hub)
+    write_spec(home, [fold], tune=str(tmp_path / "lora"))
+    assert applied(home, hub, "--overwrite") == out

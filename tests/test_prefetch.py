@@ -1,0 +1,150 @@
+"""Ranges fetched ahead, without a network: whatever is asked for in whatever order comes, and within the budget."""
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from surgery.checkpoint import SourceFile
+from surgery.checkpoint.header import Header
+from surgery.checkpoint.remote import Damaged, RemoteFile
+from surgery.errors import CheckpointError, Problem
+from surgery.stream import prefetch
+from surgery.stream.prefetch import FileKey, Prefetch, Wanted
+
+RANGE = 1000
+HEADER = 100
+
+
+class Served:
+    """Files of random bytes, and what was fetched of them."""
+
+    def __init__(self, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.content = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
+        self.fetched = [0] * len(sizes)
+        self.lock = threading.Lock()
+        self.failing: set[int] = set()
+        self.files: dict[FileKey, SourceFile] = {}
+        for number, raw in enumerate(self.content):
+            remote = RemoteFile("org/x", "c" * 40, str(number), len(raw), hashlib.sha256(raw).hexdigest())
+            header = Header({}, {}, HEADER, len(raw), "")
+            self.files["source", str(number)] = SourceFile(str(number), remote, header, 0, remote.sha256)
+        monkeypatch.setattr(prefetch, "fetch", self.fetch)
+
+    def fetch(
+        self, file: RemoteFile, start: int, stop: int, take: Callable[[bytes], None], cancelled: Callable[[], bool]
+    ) -> None:
+        number = int(file.name)
+        if number in self.failing:
+            raise CheckpointError(Problem("fails", str(file)))
+        with self.lock:
+            self.fetched[number] += stop - start
+        middle = (start + stop) // 2
+        take(self.content[number][start:middle])
+        take(self.content[number][middle:stop])
+
+
+def tensors_of(served: Served, rng: random.Random) -> list[tuple[FileKey, int, int]]:
+    """Every file cut into tensors."""
+    found: list[tuple[FileKey, int, int]] = []
+    for key, file in served.files.items():
+        position, size = HEADER, file.header.file_bytes
+        while position < size:
+            stop = min(size, position + rng.choice((3, 50, 700, 2500)))
+            found.append((key, position, stop))
+            position = stop
+    return found
+
+
+def wanted_of(tensors: list[tuple[FileKey, int, int]]) -> list[Wanted]:
+    wanted: list[Wanted] = []
+    for step, (key, start, stop) in enumerate(tensors):
+        for cut in range(start, stop, RANGE):
+            wanted.append(Wanted(key, cut, min(cut + RANGE, stop), len(wanted), step))
+    return wanted
+
+
+def read(reader: Prefetch, served: Served, key: FileKey, start: int, stop: int) -> None:
+    buffer = bytearray(stop - start)
+    reader.read_into(memoryview(buffer), key, start, stop)
+    assert buffer == served.content[int(key[1])][start:stop]
+
+
+ORDERS: dict[str, Callable[[list[Any], random.Random], list[Any]]] = {
+    "of-the-files": lambda items, rng: items,
+    "some-late": lambda items, rng: [x for x in items if x[2] - x[1] > 3] + [x for x in items if x[2] - x[1] == 3],
+    "backwards": lambda items, rng: items[::-1],
+    "none": lambda items, rng: rng.sample(items, len(items)),
+    "half-of-them": lambda items, rng: rng.sample(items, len(items) // 2),
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_every_order_gives_the_bytes_once(
+    order: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    served = Served([HEADER + rng.randrange(1, 30_000) for _ in range(rng.choice((1, 4)))], monkeypatch)
+    tensors = order(tensors_of(served, rng), rng)
+    reader = Prefetch(served.files, 16 * RANGE, RANGE)
+    reader.expect(wanted_of(tensors), frozenset())
+    for step, (key, start, stop) in enumerate(tensors):
+        for position in range(start, stop, 333):
+            read(reader, served, key, position, min(position + 333, stop))
+        reader.passed(step)
+    for key in served.files:
+        assert reader.finish(key) in ("", served.files[key].sha256)
+    reader.close()
+    for number, raw in enumerate(served.content):
+        assert served.fetched[number] <= len(raw)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_nobody_expected_comes_too(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads again, in the wrong order, of other bytes than were announced, or none at all."""
+    rng = random.Random(seed)
+    served = Served([20_000, 3_000, 500], monkeypatch)
+    tensors = tensors_of(served, rng)
+    reader = Prefetch(served.files, 16 * RANGE, RANGE)
+    reader.expect(wanted_of(tensors), frozenset())
+    for step in range(len(tensors)):
+        for _ in range(rng.choice((0, 1, 3))):
+            key, start, stop = rng.choice(tensors)
+            first = rng.randrange(start, stop)
+            read(reader, served, key, first, rng.randrange(first, stop) + 1)
+        reader.passed(step)
+    for key, file in served.files.items():
+        assert reader.finish(key) in ("", file.sha256)
+    reader.close()
+
+
+def test_a_failure_reaches_whoever_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served([5_000, 5_000], monkeypatch)
+    served.failing = {1}
+    tensors = tensors_of(served, random.Random(0))
+    reader = Prefetch(served.files, 16 * RANGE, RANGE)
+    reader.expect(wanted_of(tensors), frozenset())
+    with pytest.raises(CheckpointError, match="fails"):
+        for key, start, stop in tensors:
+            read(reader, served, key, start, stop)
+    with pytest.raises(CheckpointError, match="fails"):
+        reader.finish(("source", "1"))
+    reader.close()
+
+
+def test_damage_is_found_at_the_end_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served([5_000], monkeypatch)
+    ((key, file),) = served.files.items()
+    tensors = tensors_of(served, random.Random(0))
+    served.content[0] = served.content[0][:-1] + bytes([served.content[0][-1] ^ 1])
+    reader = Prefetch({key: file}, 16 * RANGE, RANGE)
+    reader.expect(wanted_of(tensors), frozenset())
+    with pytest.raises(Damaged, match="is damaged: its sha256"):
+        for _, start, stop in tensors:
+            read(reader, served, key, start, stop)
+        reader.finish(key)
+    reader.close()

@@ -150,7 +150,10 @@ SIZES: dict[str, tuple[str, dict[str, object]]] = {
     "bloom": ("BloomForCausalLM", TRANSFORMER),
     "codegen": ("CodeGenForCausalLM", TRANSFORMER),
     "cohere": ("CohereForCausalLM", ENCODER),
-    "deberta-v2": ("DebertaV2ForMaskedLM", ENCODER),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    ),
     "distilbert": ("DistilBertForMaskedLM", {**DEFAULTS, "dim": 64, "hidden_dim": 128, "n_layers": 1, "n_heads": 2}),
     "electra": ("ElectraForMaskedLM", {**ENCODER, "embedding_size": 64}),
     "gemma": ("GemmaForCausalLM", {**ENCODER, "head_dim": 32}),

@@ -10,7 +10,7 @@ surgery.verify("out")
 # A submodule that is imported later would take the place of the function that has its name.
 import surgery.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from surgery import view as _view
-from surgery.api import apply, import_mergekit, inspect, load, ops, plan, resumable, schema, validate, verify
+from surgery.api import apply, import_mergekit, inspect, load, ops, plan, push, resumable, schema, validate, verify
 from surgery.errors import (
     CheckpointError,
     ConservationError,
@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "ops",
     "plan",
+    "push",
     "resumable",
     "schema",
     "validate",

@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from surgery.stream import Resources
     from surgery.write import ProgressReport
 
-__all__ = ["apply", "import_mergekit", "inspect", "load", "ops", "plan", "resumable", "schema", "validate", "verify"]
+__all__ = [
+    "apply",
+    "import_mergekit",
+    "inspect",
+    "load",
+    "ops",
+    "plan",
+    "push",
+    "resumable",
+    "schema",
+    "validate",
+    "verify",
+]
 
 KIND_NAMES = {"object": "map", "array": "list"}
 Setting = str | int | float | bool | None
@@ -196,6 +208,17 @@ def _place(name: str, identity: str, given: str | None, out: Path) -> str:
         what = f"is not what the output was made from: it is {found}, that was {identity}"
         raise VerifyError(Problem(what, given, "give the source of that run"))
     return given
+
+
+def push(out: str | Path, repo: str, *, private: bool = False, revision: str = "") -> str:
+    """Verify `out` and commit it, with a model card, to the Hub's `repo` (org/name), by the Hub's client.
+
+    The repository is made if it is not there (`private` if asked), and so is the branch `revision`; OUT stays as it
+    is. Gives the URL of the commit. Raises VerifyError or OutputError.
+    """
+    from surgery.pushing import push_output
+
+    return push_output(Path(out), repo, private=private, revision=revision)
 
 
 def inspect(source: str | Path) -> Inspection:

@@ -236,6 +236,17 @@ def verify(out: str, reproduce: bool, source: str | None, models: tuple[str, ...
 
 
 @main.command()
+@click.argument("out", type=click.Path())
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Where the repository is made: for its members only.")
+@click.option("--revision", default="", metavar="BRANCH", help="The branch to commit to. [default: main]")
+@_reporting
+def push(out: str, repo: str, private: bool, revision: str) -> None:
+    """Verify OUT, and commit it to the Hub's REPO (org/name) with a model card."""
+    click.echo(surgery.push(out, repo, private=private, revision=revision))
+
+
+@main.command()
 @click.argument("checkpoint")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @_reporting

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from surgery.graph import Span, TiledKernel
+from surgery.graph import Span
+from surgery.numerics.rows import RowReduction
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -14,11 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Norms"]
 
-UNIT = 1 << 20  # elements, as whole rows
-
 
 @dataclass(frozen=True, slots=True)
-class Norms(TiledKernel):
+class Norms(RowReduction):
     """float [rows, columns] → f32 [rows], the norm of each row; `transposed`: f32 [columns], of each column.
 
     Down the columns the squares are summed in f64, which is closer than PEFT's f32 and not always the same bits.
@@ -34,32 +33,6 @@ class Norms(TiledKernel):
         if len(type_.shape) != 2 or not type_.dtype.is_float or type_.num_elements == 0:
             raise ValueError(f"{type_} is no matrix of floats")
         return (TensorType(DType.F32, (type_.shape[1 if self.transposed else 0],)),)
-
-    def domain(self, *inputs: TensorType) -> int:
-        """The elements of the weight."""
-        return inputs[0].num_elements
-
-    def input_steps(self) -> tuple[int | None, ...]:
-        """Element by element."""
-        return (1,)
-
-    def port_steps(self) -> tuple[int | None, ...]:
-        """Known once every row was seen."""
-        return (None,)
-
-    @property
-    def align(self) -> int:
-        """Whole rows."""
-        return self.shape[1]
-
-    @property
-    def reductions(self) -> int:
-        """One."""
-        return 1
-
-    def unit(self, *inputs: TensorType) -> int | None:
-        """Whole rows, about a million elements."""
-        return max(1, UNIT // self.shape[1]) * self.shape[1]
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """Norms of rows, f32, or sums of squares of columns, f64."""
@@ -81,20 +54,12 @@ class Norms(TiledKernel):
         """The norms; of columns one sum for each span."""
         if not self.transposed:
             return 4 * self.shape[0]
-        return 8 * self.shape[1] * -(-inputs[0].num_elements // (self.unit(*inputs) or 1))
-
-    def tile(self, state: object, partial: object, span: Span, *tiles: Tensor) -> tuple[Tensor | None, ...]:
-        """Nothing: the norms come from the state."""
-        return (None,)
-
-    def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
-        """The norms."""
-        return {0: cast("Tensor", state)}
+        return 8 * self.shape[1] * -(-inputs[0].num_elements // self.unit(*inputs))
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole tensor, in the same pieces."""
         elements = inputs[0].reshape(-1)
-        step = max(1, UNIT // self.shape[1]) * self.shape[1]
+        step = self.unit()
         spans = [(start, min(start + step, elements.numel())) for start in range(0, elements.numel(), step)]
         partials = [self.partial(None, span, elements[slice(*span)]) for span in spans]
         return (cast("Tensor", self.combine(None, partials)),)

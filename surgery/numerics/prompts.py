@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-from surgery.graph import Kernel, Span, TiledKernel
+from surgery.graph import Kernel, Span
+from surgery.numerics.rows import RowReduction
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingRows", "LstmRows", "MlpRows", "NormalRows", "PrefixRows", "Sample", "Tokens"]
 
 FLOAT_BYTES = 4
-UNIT = 1 << 20  # elements of an embedding that are looked through at once, as whole rows
 BLOCK = 1 << 22  # elements of a Linear that are drawn at once
 SOURCE_DTYPES = (DType.F32, DType.F16, DType.BF16, DType.F64)
 
@@ -145,14 +145,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingRows(TiledKernel):
+class EmbeddingRows(RowReduction):
     """embedding [tokens, d] → f32 [n, d]: the rows that `chosen` names, as the embedding gives them.
 
     `scale`: what the embedding multiplies its rows by, in their dtype; `rounds_scale`: after rounding it to that too.
     """
 
     chosen: Tokens | Sample
-    shape: tuple[int, int]  # of the embedding
+    shape: tuple[int, ...]  # of the embedding
     scale: float = 1.0
     rounds_scale: bool = False
 
@@ -162,32 +162,6 @@ class EmbeddingRows(TiledKernel):
         if type_.dtype not in SOURCE_DTYPES or type_.shape != self.shape or type_.num_elements == 0:
             raise ValueError(f"{type_} is no matrix of f32, f16 or bf16")
         return (TensorType(DType.F32, (self.chosen.num_rows, self.shape[1])),)
-
-    def domain(self, *inputs: TensorType) -> int:
-        """The elements of the embedding."""
-        return inputs[0].num_elements
-
-    def input_steps(self) -> tuple[int | None, ...]:
-        """Element by element."""
-        return (1,)
-
-    def port_steps(self) -> tuple[int | None, ...]:
-        """Known once every row was seen."""
-        return (None,)
-
-    @property
-    def align(self) -> int:
-        """Whole rows."""
-        return self.shape[1]
-
-    @property
-    def reductions(self) -> int:
-        """One."""
-        return 1
-
-    def unit(self, *inputs: TensorType) -> int | None:
-        """Whole rows, about a million elements."""
-        return max(1, UNIT // self.shape[1]) * self.shape[1]
 
     def partial(self, state: object, span: Span, *tiles: Tensor) -> object:
         """The chosen rows among these, by token."""
@@ -215,14 +189,6 @@ class EmbeddingRows(TiledKernel):
     def state_bytes(self, *inputs: TensorType) -> int:
         """The rows as they are found, and in order."""
         return 2 * FLOAT_BYTES * self.chosen.num_rows * self.shape[1]
-
-    def tile(self, state: object, partial: object, span: Span, *tiles: Tensor) -> tuple[Tensor | None, ...]:
-        """Nothing: the rows come from the state."""
-        return (None,)
-
-    def whole_ports(self, state: object, *inputs: TensorType) -> dict[int, Tensor]:
-        """The rows."""
-        return {0: cast("Tensor", state)}
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole tensor."""

@@ -5,7 +5,6 @@ Source: adapters 1.3.0, `methods/modeling.py`, `init_weights: bert` and `mam_ada
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +15,7 @@ from surgery.numerics.constant import Constant
 from surgery.types import DType, TensorType
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 __all__ = ["Draw", "Init", "initial_values"]
 
@@ -66,7 +65,10 @@ class Normal(Kernel):
         """Drawn on the CPU, so that no device shows in the bits."""
         import torch
 
-        return (torch.empty(self.shape).normal_(std=DEVIATION, generator=_generator(self.seed, self.name)),)
+        from surgery.numerics.lowrank.factors import generator
+
+        draws = generator(f"{self.seed}\0{self.name}")
+        return (torch.empty(self.shape).normal_(std=DEVIATION, generator=draws),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,7 @@ class Uniform(Kernel):
         """Drawn on the CPU, so that no device shows in the bits."""
         import torch
 
-        bound = self.shape[-1] ** -0.5
-        return (torch.empty(self.shape).uniform_(-bound, bound, generator=_generator(self.seed, self.name)),)
+        from surgery.numerics.lowrank.factors import generator
 
-
-def _generator(seed: int, name: str) -> Generator:
-    import torch
-
-    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        bound, draws = self.shape[-1] ** -0.5, generator(f"{self.seed}\0{self.name}")
+        return (torch.empty(self.shape).uniform_(-bound, bound, generator=draws),)

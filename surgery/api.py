@@ -103,7 +103,8 @@ def apply(
 
     `memory` bounds what is held beyond the imports (bytes, or `2GiB`); `workers` are compute threads
     (default: one for each core); `device` is `auto`, `cpu`, `cuda` or `cuda:N`; none of them changes a
-    byte of the output. `resume` goes on where a run of the same plan was stopped. `hash_sources` notes the
+    byte of the output. A run goes on where one of the same plan into OUT was stopped; with `resume` what one of
+    another plan left is refused, else it is thrown away. `hash_sources` notes the
     sha256 of every source file in the manifest, as is done anyway of a base that an adapter is, or was, extracted
     for. `report` is called with the bytes written so far and in all. Raises OutputError, OpError or CheckpointError.
     """
@@ -126,10 +127,10 @@ def apply(
 
 
 def resumable(out: str | Path) -> bool:
-    """Whether a run into `out` was stopped and left finished shards that `resume` goes on from."""
+    """Whether a run into `out` was stopped, and the next one goes on from there."""
     from surgery.write import Workplace
 
-    return Workplace(Path(out), overwrite=False).path.is_dir()
+    return Workplace(Path(out), overwrite=False).journal.exists()
 
 
 def _resources(memory: str | int, workers: int | None, device: str) -> Resources:

@@ -8,8 +8,11 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
@@ -38,18 +41,49 @@ def _fail(error: SurgeryError) -> None:
 
 
 def _reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """Exit code 1 with what, where and how to mend it, for every error of ours."""
+    """Exit code 1 with what, where and how to mend it, for every error of ours, and for a signal at once."""
     import functools
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            return _unattended(partial(command, *args, **kwargs))
         except SurgeryError as error:
             _fail(error)
             raise
+        except KeyboardInterrupt:
+            _stopped(str(kwargs["out"]) if command.__name__ == "apply" else "")
+            raise
 
     return run
+
+
+def _unattended(do: Callable[[], R]) -> R:
+    """What `do` gives, in a thread that a signal need not wait for: a run may be killed at any moment."""
+    context = click.get_current_context()
+    future: Future[R] = Future()
+
+    def work() -> None:
+        try:
+            with context.scope(cleanup=False):
+                future.set_result(do())
+        except BaseException as error:  # raised again by whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="surgery-command", daemon=True).start()
+    return future.result()
+
+
+def _stopped(out: str) -> None:
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True).show_cursor()  # which the bar has hidden
+    kept = ""
+    if out and surgery.resumable(out):
+        kept = f": what is done is kept beside {out}, and the same command with --resume goes on from there"
+    click.echo(f"stopped{kept}", err=True)
+    sys.exit(1)
 
 
 def _settings(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -166,7 +200,9 @@ def plan(spec: str, as_json: bool, config_only: bool, download: bool, settings: 
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--memory", default="2GiB", show_default=True, help="What may be held beyond the imports.")
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Compute threads. [default: cores]")
-@click.option("--resume", is_flag=True, help="Go on where a run of the same plan was stopped.")
+@click.option(
+    "--resume", is_flag=True, help="Go on where a run of the same plan was stopped; refuse what another left."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT, at the end.")
 @click.option("--hash-sources", is_flag=True, help="Note the sha256 of every source file in the manifest.")
 @_download_option
@@ -187,16 +223,11 @@ def apply(
     """Plan, then stream the result to OUT."""
     made = surgery.plan(surgery.load(spec, **settings), download=download)
     click.echo(str(made))
-    try:
-        with _progress() as report:
-            manifest = surgery.apply(
-                made, out, memory=memory, workers=workers, device=device, overwrite=overwrite, resume=resume,
-                hash_sources=hash_sources, report=report,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        kept = " Finished shards are kept: the same command with --resume goes on." if surgery.resumable(out) else ""
-        click.echo(f"stopped; {out} is untouched.{kept}", err=True)
-        sys.exit(1)
+    with _progress() as report:
+        manifest = surgery.apply(
+            made, out, memory=memory, workers=workers, device=device, overwrite=overwrite, resume=resume,
+            hash_sources=hash_sources, report=report,
+        )  # fmt: skip
     click.echo(str(manifest))
     click.echo(f"wrote {out}", err=True)
 

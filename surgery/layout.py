@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.checkpoint.header import encode_header
-from surgery.graph import Node
+from surgery.graph import Call, Node
 
 __all__ = ["Layout", "OutputFile", "Placed", "lay_out"]
 
@@ -38,6 +38,13 @@ class OutputFile:
     def num_bytes(self) -> int:
         """The size of the file."""
         return len(self.header) + (self.tensors[-1].stop if self.tensors else 0)
+
+    def by_call(self) -> dict[Call, list[Placed]]:
+        """The tensors by the evaluation that they are outputs of, in order of its first."""
+        groups: dict[Call, list[Placed]] = {}
+        for placed in self.tensors:
+            groups.setdefault(placed.node.call, []).append(placed)
+        return groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class Run:
     def wait_for(self, num_shards: int) -> None:
         """Until so many shards have been begun."""
         end = time.monotonic() + PATIENCE
-        while len(list(partial(self.out).glob("*.safetensors"))) < num_shards:
+        while len(list(partial(self.out).glob("output/*.safetensors"))) < num_shards:
             assert self.process.poll() is None, f"it ended before: {self.process.communicate()}"
             assert time.monotonic() < end, "it does not come to the point"
             time.sleep(0.0005)
@@ -138,11 +138,34 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
     assert code == 1
     assert (
         stderr
-        == f"stopped; {run.out} is untouched. Finished shards are kept: the same command with --resume goes on.\n"
+        == f"stopped: what is done is kept beside {run.out}, and the same command with --resume goes on from there\n"
     )
     assert not run.out.exists()
     surgery.apply(plan_of(source), run.out, resume=True)
     assert bytes_of(run.out) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stops_at_once_in_the_middle_of_a_long_decomposition(number: int, tmp_path: Path) -> None:
+    """It takes many seconds, and nobody waits for it."""
+    base = checkpoint(tmp_path / "base", {"layers.0.q_proj.weight": torch.randn(3000, 3000)})
+    tuned = checkpoint(tmp_path / "tuned", {"layers.0.q_proj.weight": torch.randn(3000, 3000)})
+    extract = {"op": "adapter.extract", "modules": "all-linear", "models": "tuned", "rank": 8, "svd": "exact"}
+    spec = {"version": 1, "source": str(base), "models": {"tuned": str(tuned)}, "edits": [extract]}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "surgery", "apply", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + PATIENCE
+        while not (partial(tmp_path / "out") / "output").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(1)  # it is in the decomposition by now
+        start = time.monotonic()
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=PATIENCE)
+        assert time.monotonic() - start < 5
+    assert process.returncode == 1
+    assert stderr.startswith("stopped: what is done is kept")
 
 
 def test_a_killed_run_leaves_the_old_output_as_it_was(start: Callable[..., Run], tmp_path: Path) -> None:
@@ -238,16 +261,92 @@ def test_a_disk_that_fails_at_the_very_end_leaves_nothing(
         assert bytes_of(out) == whole
 
 
-def test_without_resume_a_run_begins_anew(failed: Path, source: Path, whole: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_of_the_same_plan_goes_on(resume: bool, failed: Path, source: Path, whole: dict[str, bytes]) -> None:
     seen: list[int] = []
-    surgery.apply(plan_of(source), failed, report=lambda done, total: seen.append(done))
-    assert seen[0] == 8192
+    surgery.apply(plan_of(source), failed, resume=resume, report=lambda done, total: seen.append(done))
+    assert seen[0] >= 8192
     assert bytes_of(failed) == whole
+
+
+def test_without_resume_what_another_plan_left_is_thrown_away(failed: Path, source: Path, tmp_path: Path) -> None:
+    other = plan_of(source, {"op": "tensor.cast", "tensors": ".*", "dtype": "bfloat16"})
+    seen: list[int] = []
+    surgery.apply(other, failed, report=lambda done, total: seen.append(done))
+    assert seen[0] == 0
+    surgery.apply(other, tmp_path / "fresh")
+    assert bytes_of(failed) == bytes_of(tmp_path / "fresh")
+    assert not partial(failed).exists()
+
+
+@pytest.fixture
+def half(source: Path, tmp_path: Path) -> tuple[Any, Path, dict[str, bytes]]:
+    """A run that was stopped in the middle of its only shard: its plan, OUT, and what it would have written."""
+    spec = {"version": 1, "source": str(source), "edits": [{**CAST, "dtype": "bfloat16"}]}
+    plan = surgery.plan(spec)
+    surgery.apply(plan, tmp_path / "whole")
+    with pytest.raises(StopIteration):
+        surgery.apply(plan, tmp_path / "out", workers=1, report=stop_at(500_000))
+    return plan, tmp_path / "out", bytes_of(tmp_path / "whole")
+
+
+def stop_at(num_bytes: int) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        del total
+        if done >= num_bytes:
+            raise StopIteration
+
+    return report
+
+
+def test_a_half_written_shard_is_gone_on_with_after_its_last_tensor(
+    half: tuple[Any, Path, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out, whole = half
+    seen: list[int] = []
+    read: list[int] = []
+    preadv = os.preadv
+
+    def counting(fd: int, buffers: Any, offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        read.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    surgery.apply(plan, out, report=lambda done, total: seen.append(done))
+    assert bytes_of(out) == whole
+    assert seen[0] >= 500_000 - 8192
+    assert sum(read) <= 2 * (1_000_000 - seen[0]), "what was written already is read again"
+    assert left_beside(out) == ["whole"]
+
+
+@pytest.mark.parametrize("place", [0, 0.1, 0.49])
+def test_a_tensor_that_was_damaged_meanwhile_is_written_again(
+    place: float, half: tuple[Any, Path, dict[str, bytes]]
+) -> None:
+    plan, out, whole = half
+    path = partial(out) / "output" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[int(place * 983_040)] ^= 1
+    path.write_bytes(raw)
+    surgery.apply(plan, out, resume=True)
+    assert bytes_of(out) == whole
+
+
+def test_what_does_not_belong_to_the_output_does_not_get_into_it(half: tuple[Any, Path, dict[str, bytes]]) -> None:
+    plan, out, whole = half
+    grown = partial(out) / "output"
+    (grown / "model-00001-of-00002.safetensors").write_bytes(b"of a run before")
+    (grown / "adapters" / "old").mkdir(parents=True)
+    (grown / "adapters" / "old" / "adapter_config.json").write_text("{}")
+    (grown / "elsewhere").symlink_to(out.parent)
+    surgery.apply(plan, out, resume=True)
+    assert bytes_of(out) == whole
 
 
 def test_resume_is_refused_for_another_spec(failed: Path, source: Path, whole: dict[str, bytes]) -> None:
     other = plan_of(source, {"op": "tensor.cast", "tensors": ".*", "dtype": "bfloat16"})
-    with pytest.raises(surgery.OutputError, match="begun by another run") as caught:
+    with pytest.raises(surgery.OutputError, match="begun by another run: the spec differs") as caught:
         surgery.apply(other, failed, resume=True)
     assert "without --resume" in str(caught.value)
     assert not failed.exists()
@@ -257,8 +356,18 @@ def test_resume_is_refused_for_another_spec(failed: Path, source: Path, whole: d
 
 def test_resume_is_refused_for_another_source(failed: Path, tmp_path: Path) -> None:
     other = checkpoint(tmp_path / "other", {**weights(), "more": torch.ones(1)})
-    with pytest.raises(surgery.OutputError, match="begun by another run"):
+    with pytest.raises(surgery.OutputError, match="begun by another run: `source` differs"):
         surgery.apply(plan_of(other), failed, resume=True)
+
+
+@pytest.mark.parametrize("package", ["surgery", "torch"])
+def test_resume_is_refused_for_another_version(package: str, failed: Path, source: Path) -> None:
+    journal = partial(failed) / "journal"
+    first, _, rest = journal.read_text().partition("\n")
+    journal.write_text(json.dumps({**json.loads(first), package: "0.0.1"}) + "\n" + rest)
+    with pytest.raises(surgery.OutputError, match=f"the version of {package} differs, it was 0.0.1 and is"):
+        surgery.apply(plan_of(source), failed, resume=True)
+    assert partial(failed).exists()
 
 
 def test_resume_never_mixes_two_states_of_a_source(tmp_path: Path) -> None:
@@ -280,7 +389,7 @@ def test_resume_never_mixes_two_states_of_a_source(tmp_path: Path) -> None:
 
 
 def test_resume_does_again_what_was_damaged_meanwhile(failed: Path, source: Path, whole: dict[str, bytes]) -> None:
-    first, second, third, *_ = sorted(partial(failed).glob("*.safetensors"))
+    first, second, third, *_ = sorted(partial(failed).glob("output/*.safetensors"))
     raw = bytearray(first.read_bytes())
     raw[-1] ^= 1
     first.write_bytes(raw)
@@ -292,7 +401,7 @@ def test_resume_does_again_what_was_damaged_meanwhile(failed: Path, source: Path
 
 @pytest.mark.parametrize("cut", [1, 20, 200, 330])
 def test_resume_takes_a_journal_that_was_cut_off(cut: int, failed: Path, source: Path, whole: dict[str, bytes]) -> None:
-    journal = partial(failed) / ".surgery-journal"
+    journal = partial(failed) / "journal"
     journal.write_bytes(journal.read_bytes()[:-cut])
     surgery.apply(plan_of(source), failed, resume=True)
     assert bytes_of(failed) == whole

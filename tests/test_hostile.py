@@ -502,7 +502,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_work_to_resume(large: Path, s
     ballast = small_disk / "ballast"
 
     def fill(done: int, total: int) -> None:
-        if not ballast.exists():
+        if done and not ballast.exists():
             with ballast.open("wb", buffering=0) as file:
                 try:
                     while file.write(bytes(4096)):

@@ -55,10 +55,11 @@ def _check_free(directory: Path) -> None:
 
 def _publish(directory: Path, files: Mapping[str, bytes]) -> None:
     workplace = Workplace(directory, overwrite=True)
-    workplace.open(keep=False)
+    workplace.open()
     try:
+        workplace.keep(())
         for name, content in files.items():
-            _write_synced(workplace.path / name, content)
+            _write_synced(workplace.output / name, content)
         workplace.publish()
     except BaseException:
         workplace.remove()

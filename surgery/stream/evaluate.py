@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.cost import tile_elements
-from surgery.errors import OpError, Problem
+from surgery.errors import OpError, Problem, SurgeryError
 from surgery.graph import BadValue, Call, Kernel, Node, Source, Span, TiledKernel, TileError
 from surgery.numerics.dtypes import torch_dtype
 from surgery.numerics.rounding import rounding_error
@@ -131,7 +131,7 @@ class Evaluation:
         types = [node.type for node in inputs]
         try:
             self.states[call] = _tiled(kernel).combine(self.states.get(call), partials, *types)
-        except OpError:  # of a partial result, which says where already
+        except SurgeryError:  # of reading, or of a partial result, which says where already
             raise
         except (BadValue, ValueError) as problem:
             raise _located(problem, call, (0, 0)) from None

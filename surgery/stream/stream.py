@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -41,7 +41,7 @@ class _Group:
 
     file: OutputFile
     call: Call
-    outputs: list[Placed] = field(default_factory=list[Placed])
+    outputs: list[Placed]
 
     @property
     def sources(self) -> list[Node]:
@@ -80,14 +80,15 @@ class Stream:
         )
         self._first_pass = FirstPass(self._intake, self._executor, look_ahead=2 * resources.workers + 2)
 
-    def chunks(self, files: Sequence[OutputFile]) -> Iterator[Chunk]:
+    def chunks(self, files: Sequence[OutputFile], done: Mapping[str, Collection[str]]) -> Iterator[Chunk]:
         """Every byte of `files`, file by file, each tensor's in order. A chunk's data lives until the next one.
 
-        Raises OpError for a weight that an op cannot take, CheckpointError for a source that fails.
+        `done`: outputs, by file, that are there already; of one evaluation all or none. Raises OpError for a weight
+        that an op cannot take, CheckpointError for a source that fails.
         """
         num_threads = torch.get_num_threads()
         threads = [
-            threading.Thread(target=self._produce, args=(files,), name="surgery-read", daemon=True),
+            threading.Thread(target=self._produce, args=(files, done), name="surgery-read", daemon=True),
             threading.Thread(target=self._handover.hash_tensors, name="surgery-hash", daemon=True),
         ]
         for thread in threads:
@@ -118,9 +119,9 @@ class Stream:
         """Close the source files."""
         self._reader.close()
 
-    def _produce(self, files: Sequence[OutputFile]) -> None:
+    def _produce(self, files: Sequence[OutputFile], done: Mapping[str, Collection[str]]) -> None:
         try:
-            groups = [group for file in files for group in _groups(file)]
+            groups = [group for file in files for group in _groups(file, done.get(file.name, ()))]
             self._reader.expect([self._step(group) for group in groups])
             for number, group in enumerate(groups):
                 self._schedule(group)
@@ -199,12 +200,12 @@ class Stream:
             self._handover.put(Item(future, give_back))
 
 
-def _groups(file: OutputFile) -> Iterable[_Group]:
-    groups: dict[Call, _Group] = {}
-    for placed in file.tensors:
-        call = placed.node.call
-        groups.setdefault(call, _Group(file, call)).outputs.append(placed)
-    return groups.values()
+def _groups(file: OutputFile, done: Collection[str]) -> list[_Group]:
+    return [
+        _Group(file, call, outputs)
+        for call, outputs in file.by_call().items()
+        if any(placed.name not in done for placed in outputs)
+    ]
 
 
 def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, reading: Reading, partial: object) -> list[Chunk]:
@@ -234,12 +235,12 @@ def _whole_chunks(group: _Group, evaluation: Evaluation) -> list[Chunk]:
     chunks: list[Chunk] = []
     for placed in group.outputs:
         data = _bytes_of(evaluation.ports[group.call][placed.node.port])
+        if placed.node.port == 0 and evaluation.errors:
+            chunks.append(Chunk(group.file, placed, 0, data[:0], tuple(evaluation.errors)))
         chunks += [
             Chunk(group.file, placed, start, data[start : start + COPY_BYTES])
             for start in range(0, len(data), COPY_BYTES)
         ]
-        if placed.node.port == 0 and evaluation.errors:
-            chunks.append(Chunk(group.file, placed, len(data), data[:0], tuple(evaluation.errors)))
     return chunks
 
 

@@ -8,6 +8,8 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from surgery.errors import OutputError, Problem, SurgeryError
@@ -16,17 +18,21 @@ from surgery.sizes import format_decimal
 
 __all__ = ["Workplace"]
 
-LOCK_NAME = ".surgery-lock"
+LOCK_NAME = "lock"
+JOURNAL_NAME = "journal"
+OUTPUT_NAME = "output"
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 class Workplace:
-    """A hidden sibling of OUT, locked while a run writes into it."""
+    """A hidden sibling of OUT, locked while a run is at work in it: the output grows there, beside the journal."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
         self.out = Path(os.path.abspath(out))  # noqa: PTH100 - links stay, `..` goes
         self.path = self.out.parent / f".{self.out.name}.surgery-partial"
+        self.output = self.path / OUTPUT_NAME
+        self.journal = self.path / JOURNAL_NAME
         self._overwrite = overwrite
         self._lock_fd = -1
 
@@ -63,17 +69,14 @@ class Workplace:
             raise OutputError(Problem("cannot be written to", str(parent), "name a directory that you may write to"))
         free = shutil.disk_usage(parent).free
         if self.path.exists():
-            free += sum(file.stat().st_blocks * 512 for file in self.path.iterdir() if file.is_file())
+            free += sum(file.lstat().st_blocks * 512 for file in self.path.rglob("*"))
         needed = plan.cost.bytes_written + _side_bytes(plan)
         if free < needed:
             have, need = format_decimal(free), format_decimal(needed)
             raise OutputError(Problem(f"has {have} free, the output takes {need}", str(parent), "free some space"))
 
-    def open(self, *, keep: bool) -> None:
-        """Make the directory and lock it; what an earlier run left is removed unless `keep`.
-
-        Raises OutputError if another run is at work in it.
-        """
+    def open(self) -> None:
+        """Make the directory, if there is none, and lock it. Raises OutputError if another run is at work in it."""
         if self.path.is_symlink():
             raise OutputError(Problem("is a link, where the output was to grow", str(self.path), "remove it"))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -84,37 +87,33 @@ class Workplace:
             self.close()
             what = "is being written by another run of surgery"
             raise OutputError(Problem(what, str(self.out), "wait for it, or name another directory")) from None
-        if not keep:
-            self._clear()
 
-    def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK_NAME:
-                entry.unlink()
+    def keep(self, names: Collection[str]) -> None:
+        """Throw away everything in the output but the files of these names."""
+        self.output.mkdir(exist_ok=True)
+        for parent, directories, files in os.walk(self.output, topdown=False):
+            for name in [*files, *directories]:
+                path = Path(parent, name)
+                if path.is_symlink() or (name in files and path.relative_to(self.output).as_posix() not in names):
+                    path.unlink()
+                elif name in directories:
+                    with suppress(OSError):  # of a directory that holds something
+                        path.rmdir()
 
     def remove(self) -> None:
         """Throw away what was written."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
-        """Sync, and let the directory appear as OUT by one rename. What OUT was before goes then."""
-        (self.path / LOCK_NAME).unlink()
-        for directory, _, _ in os.walk(self.path):
+        """Sync, and let the output appear as OUT by one rename. What OUT was before goes then."""
+        for directory, _, _ in os.walk(self.output):
             _sync(Path(directory))
         if os.path.lexists(self.out):
-            _exchange(self.path, self.out)
-            self._remove_old()
+            _exchange(self.output, self.out)
         else:
-            self.path.rename(self.out)
+            self.output.rename(self.out)
         _sync(self.out.parent)
-
-    def _remove_old(self) -> None:
-        if self.path.is_dir() and not self.path.is_symlink():
-            shutil.rmtree(self.path)
-        else:
-            self.path.unlink()
+        self.remove()
 
     def close(self) -> None:
         """Release the lock."""

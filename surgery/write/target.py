@@ -25,10 +25,11 @@ WRITTEN_BEHIND = 4  # times as much is looked at again, to drop what has reached
 
 
 class Target:
-    """A file of a known size. Used by one thread; another one writes what is gathered."""
+    """A file of a known size, with what it holds already. Used by one thread; another one writes what is gathered."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        os.ftruncate(self._fd, min(os.fstat(self._fd).st_size, num_bytes))
         self._direct_fd = _open_direct(path) if num_bytes >= SMALLEST_DIRECT else -1
         self._executor = ThreadPoolExecutor(1, "surgery-write")
         self._pending: Future[None] | None = None
@@ -109,7 +110,7 @@ class Target:
             self._unsynced = 0
 
     def read(self, num_bytes: int, position: int) -> bytes:
-        """What was `put` before."""
+        """What was `put` before, or was there."""
         return os.pread(self._fd, num_bytes, position)
 
     def flush(self) -> None:

@@ -1,0 +1,206 @@
+"""What a run has written so far, so that one that comes after it need not do that again.
+
+A line for each evaluation whose outputs are written, and one for each file that is finished and synced. Nothing of it
+is taken on trust: the bytes that a line speaks of are hashed before they are kept, so a line that is lost, or that
+says more than has reached the disk, costs work and never a wrong byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+from surgery.errors import OutputError, Problem
+from surgery.evidence import FileRecord, TensorRecord
+from surgery.layout import OutputFile, Placed
+from surgery.plan import Plan
+
+__all__ = ["Done", "Journal", "identify", "verified"]
+
+READ_BYTES = 1 << 20
+_EMPTY = hashlib.sha256().hexdigest()
+
+Records = dict[str, TensorRecord]  # by name
+Run = dict[str, object]
+
+
+@dataclass(slots=True)
+class Done:
+    """What is written: `tensors` by file, and the sha256 of each file that is finished."""
+
+    tensors: dict[str, Records] = field(default_factory=dict[str, Records])
+    sha256: dict[str, str] = field(default_factory=dict[str, str])
+
+    def file(self, file: OutputFile) -> FileRecord | None:
+        """The evidence of a file, if it is finished."""
+        records = self.tensors.get(file.name, {})
+        tensors = [records.get(placed.name) or _empty(placed) for placed in file.tensors]
+        if file.name not in self.sha256 or None in tensors:
+            return None
+        return FileRecord(file.name, file.num_bytes, self.sha256[file.name], tuple(filter(None, tensors)))
+
+
+def _empty(placed: Placed) -> TensorRecord | None:
+    """The evidence of a tensor without elements, which nobody writes."""
+    return TensorRecord(placed.name, _EMPTY, None, None) if placed.start == placed.stop else None
+
+
+def identify(plan: Plan) -> Run:
+    """What a run must have in common with one that it goes on from: all that its bytes depend on."""
+    sources = {
+        name: [
+            plan.checkpoints[name].identity,
+            [[file.name, file.header.file_bytes, file.mtime_ns] for file in plan.checkpoints[name].files],
+        ]
+        for name in plan.streamed
+    }
+    return {"surgery": version("model-surgery"), "torch": version("torch"), "sources": sources, "plan": plan.digest}
+
+
+class Journal:
+    """The file that notes what is written. Close it when done."""
+
+    def __init__(self, path: Path, run: Run) -> None:
+        """`run`: as `identify` has it."""
+        self._path = path
+        self._run = cast(Run, json.loads(json.dumps(run)))
+        self._fd = -1
+        self.has_entries = False
+
+    def read(self) -> Done:
+        """What an earlier run noted. Raises OutputError, saying what differs, if it was not a run of the same plan."""
+        lines = self._path.read_bytes().split(b"\n")
+        self.has_entries = len(lines) > 2  # whoever's they are
+        before = _decode(lines[0])
+        if before != self._run:
+            fix = "run without --resume to begin anew, or with what the run to be resumed was begun with"
+            what = f"was begun by another run: {_difference(before, self._run)}"
+            raise OutputError(Problem(what, str(self._path.parent), fix))
+        done = Done()
+        for line in lines[1:-1]:  # the last is empty, or cut short by a kill
+            _take(_decode(line), done)
+        return done
+
+    def start(self, done: Done) -> None:
+        """Begin anew with what is done; until that is noted, the journal stays as it was."""
+        self.has_entries = bool(done.tensors)
+        new = self._path.with_name(f"{self._path.name}-new")
+        self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        self._add(self._run)
+        for file, records in done.tensors.items():
+            self.add_tensors(file, list(records.values()))
+        for file, sha256 in done.sha256.items():
+            self._add({"file": file, "sha256": sha256})
+        os.fsync(self._fd)
+        new.rename(self._path)
+
+    def add_tensors(self, file: str, records: Sequence[TensorRecord]) -> None:
+        """Note tensors of `file` that were written, or will be in a moment."""
+        tensors = [[item.name, item.sha256, item.max_error, item.rms_error] for item in records]
+        self._add({"file": file, "tensors": tensors})
+        self.has_entries = True
+
+    def add_file(self, record: FileRecord) -> None:
+        """Note a file that is finished, and on the disk. Its tensors are noted already."""
+        self._add({"file": record.name, "sha256": record.sha256})
+        os.fsync(self._fd)
+
+    def _add(self, entry: Mapping[str, object]) -> None:
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        while line:
+            line = line[os.write(self._fd, line) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _decode(line: bytes) -> Mapping[str, object]:
+    """Nothing for what is no entry: a disk that lost its power may have left anything."""
+    try:
+        entry: object = json.loads(line)
+    except ValueError:
+        return {}
+    return cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
+
+
+def _take(entry: Mapping[str, object], done: Done) -> None:
+    if "sha256" in entry:
+        done.sha256[str(entry.get("file"))] = str(entry["sha256"])
+    elif "tensors" in entry:
+        tensors = cast("list[tuple[str, str, float | None, float | None]]", entry["tensors"])
+        done.tensors.setdefault(str(entry.get("file")), {}).update(
+            {tensor[0]: TensorRecord(*tensor) for tensor in tensors}
+        )
+
+
+def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    for package in ("surgery", "torch"):
+        if before.get(package) != now[package]:
+            return f"the version of {package} differs, it was {before.get(package)} and is {now[package]}"
+    old, new = (cast("Mapping[str, object]", run.get("sources", {})) for run in (before, now))
+    unlike = [name for name in new if name in old and old[name] != new[name]]
+    if unlike:
+        return f"`{unlike[0]}` differs, or was touched since"
+    return "the spec differs"
+
+
+def verified(noted: Done, files: Sequence[OutputFile], directory: Path, workers: int) -> Done:
+    """What of it is in `directory` as it was noted: finished files, and of the others whole evaluations."""
+    done = Done()
+    with ThreadPoolExecutor(workers, "surgery-verify") as executor:
+        finished = [file for file in files if noted.file(file)]
+        hashes = executor.map(partial(_sha256_of_file, directory), finished)
+        for file, sha256 in zip(finished, hashes, strict=True):
+            if sha256 == noted.sha256[file.name]:
+                done.sha256[file.name] = sha256
+                done.tensors[file.name] = noted.tensors[file.name]
+        for file in files:
+            records = noted.tensors.get(file.name, {})
+            if records and file.name not in done.sha256:
+                done.tensors[file.name] = _verified_tensors(file, records, directory / file.name, executor)
+    return done
+
+
+def _verified_tensors(file: OutputFile, records: Records, path: Path, executor: ThreadPoolExecutor) -> Records:
+    def is_there(outputs: list[Placed]) -> bool:
+        start = len(file.header)
+        return all(
+            placed.name in records
+            and records[placed.name].sha256 == _sha256(path, start + placed.start, start + placed.stop)
+            for placed in outputs
+        )
+
+    evaluations = list(file.by_call().values())
+    there = executor.map(is_there, evaluations)
+    kept = [outputs for outputs, is_kept in zip(evaluations, there, strict=True) if is_kept]
+    return {placed.name: records[placed.name] for outputs in kept for placed in outputs}
+
+
+def _sha256_of_file(directory: Path, file: OutputFile) -> str:
+    path = directory / file.name
+    return _sha256(path, 0, file.num_bytes) if path.is_file() and path.stat().st_size == file.num_bytes else ""
+
+
+def _sha256(path: Path, start: int, stop: int) -> str:
+    """Of bytes [start, stop); nothing where they cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while start < stop and (data := file.read(min(READ_BYTES, stop - start))):
+                digest.update(data)
+                start += len(data)
+    except OSError:
+        return ""
+    return digest.hexdigest() if start == stop else ""

@@ -20,6 +20,7 @@ from surgery.op import SOURCE, find_op, op_names, options_of
 from surgery.plan import Plan, make_plan
 from surgery.sizes import parse_size
 from surgery.spec import Spec, load_spec, spec_schema
+from surgery.workplace import Workplace
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
@@ -128,8 +129,6 @@ def apply(
 
 def resumable(out: str | Path) -> bool:
     """Whether a run into `out` was stopped, and the next one goes on from there."""
-    from surgery.write import Workplace
-
     return Workplace(Path(out), overwrite=False).journal.exists()
 
 
@@ -149,6 +148,8 @@ def _resources(memory: str | int, workers: int | None, device: str) -> Resources
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither cpu nor cuda")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]

@@ -1,10 +1,14 @@
 """The model card of an output: what was done, from what, how to load it; all of it from the manifest and the configs.
 
 Why nothing is asked of the Hub: the same output gives the same card, and what the card says was verified with OUT.
+
+Why a seal: a download holds the card where OUT had no README.md, or the source's. The card ends with the digest of
+itself and of the manifest's seal, so that one made by any version of surgery is known again, and an edited one is not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,17 +19,20 @@ import yaml
 
 from surgery.checkpoint import ADAPTER_CONFIG, CONFIG
 from surgery.checkpoint.home import Directory, read_json
-from surgery.manifest import MANIFEST_NAME, Manifest
+from surgery.manifest import MANIFEST_NAME, SEAL, Manifest
 from surgery.op import SOURCE
 from surgery.sizes import format_decimal
 
-__all__ = ["CARD_NAME", "make_card"]
+__all__ = ["CARD_NAME", "has_card", "make_card"]
 
 CARD_NAME = "README.md"
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([0-9a-f]{40}))?", re.ASCII)
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?\n)??---[ \t]*(?:\r?\n|$)", re.DOTALL)
 KEPT = ("license", "license_name", "license_link", "language")  # of the old card: they hold for what is made of it
 ADAPTER = re.compile(r"adapters/[\w.-]+")  # its name goes into code
+OLD_CARD = "README.md of the source"
+SEALED = re.compile(rb"(?P<card>.*)\n<!-- surgery card sha256:(?P<seal>[0-9a-f]{64}) -->\n", re.DOTALL)
+MAX_CARD_BYTES = 1 << 26
 CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 LIBRARIES = {"peft": "peft", "adapterhub": "adapter-transformers", "transformers": "transformers"}
 
@@ -40,7 +47,7 @@ class _Part:
 
 
 def make_card(out: Path, manifest: Manifest, repo: str, revision: str = "") -> str:
-    """README.md of `repo` for the verified output in `out`: front matter and text."""
+    """README.md of `repo` for the verified output in `out`: front matter, text and seal."""
     parts = list(_parts(out, manifest))
     old_fields, old_text = _old_card(out, manifest)
     fields = {**old_fields, **_metadata(manifest, parts)}
@@ -53,9 +60,30 @@ def make_card(out: Path, manifest: Manifest, repo: str, revision: str = "") -> s
         *_sections("How to load it", "\n\n".join(_loading(part, parts, manifest, repo, revision) for part in parts)),
         *_sections("Quantization", _quantization(parts)),
         *_sections("Evidence", _evidence(manifest)),
-        *_sections("README.md of the source", old_text),
+        *_sections(OLD_CARD, old_text),
     ]
-    return "\n\n".join(sections) + "\n"
+    card = "\n\n".join(sections) + "\n"
+    return f"{card}\n<!-- surgery card sha256:{_seal(card.encode(), manifest)} -->\n"
+
+
+def has_card(out: Path, manifest: Manifest) -> bool:
+    """Whether README.md in `out` is a card that was made for the output of `manifest`, unchanged."""
+    return _sealed(out, manifest) is not None
+
+
+def _sealed(out: Path, manifest: Manifest) -> bytes | None:
+    """The card in `out` without its seal; None if README.md is none for `manifest`, or was edited."""
+    path = out / CARD_NAME
+    if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+        return None
+    match = SEALED.fullmatch(path.read_bytes())
+    if match is None or match["seal"].decode() != _seal(match["card"], manifest):
+        return None
+    return match["card"]
+
+
+def _seal(card: bytes, manifest: Manifest) -> str:
+    return hashlib.sha256(f"{manifest.content[SEAL]}\n".encode() + card).hexdigest()
 
 
 def _sections(heading: str, text: str) -> list[str]:
@@ -289,11 +317,13 @@ def _old_card(out: Path, manifest: Manifest) -> tuple[dict[str, object], str]:
     """What still holds of the source's README.md, and its text without front matter."""
     if CARD_NAME not in {file.name for file in manifest.files}:
         return {}, ""
-    text = (out / CARD_NAME).read_bytes().decode(errors="replace")
+    card = _sealed(out, manifest)
+    text = (card or (out / CARD_NAME).read_bytes()).decode(errors="replace")
     match = FRONT_MATTER.match(text)
-    if match is None:
-        return {}, text.strip()
-    return _kept(match[1] or ""), text[match.end() :].strip()
+    fields = _kept(match[1] or "") if match else {}
+    if card is not None:  # of an earlier push: the source's is in it
+        return fields, text.partition(f"\n## {OLD_CARD}\n")[2].strip()
+    return fields, text[match.end() if match else 0 :].strip()
 
 
 def _kept(front_matter: str) -> dict[str, object]:

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
 import surgery
 from surgery.errors import Problem, SurgeryError
+from surgery.escapes import escaped
 from surgery.sizes import format_decimal
 
 if TYPE_CHECKING:
@@ -173,12 +175,21 @@ def validate(specs: tuple[str, ...], style: str, settings: dict[str, str]) -> No
 
 
 def _github(problem: Problem) -> str:
-    """A workflow command: GitHub shows it beside the line."""
+    """A workflow command: GitHub shows it beside the line.
+
+    Source: `escapeData` and `escapeProperty` of GitHub's toolkit, packages/core/src/command.ts.
+    """
     place, _, _ = problem.at.partition(", ")
     file, _, line = place.rpartition(":")
-    where = f"file={file},line={line}" if line.isdigit() else f"file={place}"
-    message = f"{problem.what}\n{problem.fix}".strip().replace("%", "%25").replace("\n", "%0A")
-    return f"::error {where}::{message}"
+    numbered = line.isascii() and line.isdigit()
+    properties = {"file": file if numbered else place, **({"line": line} if numbered else {})}
+    where = ",".join(f"{key}={_workflow_text(value, ':,')}" for key, value in properties.items())
+    message = "\n".join(filter(None, (problem.what, problem.fix)))
+    return f"::error {where}::{_workflow_text(message)}"
+
+
+def _workflow_text(text: str, separators: str = "") -> str:
+    return "".join(f"%{ord(char):02X}" if char in f"%\r\n{separators}" else escaped(char) for char in text)
 
 
 @main.command()
@@ -255,15 +266,17 @@ def _progress() -> Generator[ProgressReport]:
 @_reporting
 def verify(out: str, reproduce: bool, source: str | None, models: tuple[str, ...]) -> None:
     """Hash OUT anew and hold it against its manifest."""
+    from surgery.card import has_card
+
     if (source is not None or models) and not reproduce:
         raise click.UsageError("--source and --model go with --reproduce")
     places = {name: place for name, _, place in (model.partition("=") for model in models)}
     manifest = surgery.verify(out, reproduce=reproduce, source=source, models=places)
     num_bytes = sum(file.num_bytes for file in manifest.files)
     again = ", and made again byte for byte" if reproduce else ""
-    click.echo(
-        f"{len(manifest.files)} files, {len(manifest.tensors)} tensors, {format_decimal(num_bytes)}: as written{again}"
-    )
+    card = "; README.md is the card of its push" if has_card(Path(out), manifest) else ""
+    counts = f"{len(manifest.files)} files, {len(manifest.tensors)} tensors, {format_decimal(num_bytes)}"
+    click.echo(f"{counts}: as written{again}{card}")
 
 
 @main.command()

@@ -98,7 +98,8 @@ def tile_elements(kernel: TiledKernel, inputs: Sequence[Node], wanted: int = SMA
 
 def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_further: int, num_remote: int) -> Cost:
     """The cost of evaluating `roots` once each."""
-    groups = [_Group(call) for call in dict.fromkeys(root.call for root in roots) if not isinstance(call[0], Source)]
+    calls = dict.fromkeys(root.call for root in roots if not isinstance(root.kernel, Source))
+    groups = [_Group(call) for call in {_alike(call): call for call in calls}.values()]
     return Cost(
         bytes_read=bytes_read,
         bytes_written=bytes_written,
@@ -113,6 +114,13 @@ def cost_of(roots: Collection[Node], bytes_read: int, bytes_written: int, num_fu
         largest_input=max((group.held for group in groups), default=0),
         num_remote=num_remote,
     )
+
+
+def _alike(call: Call) -> object:
+    """The same for calls that take the same: of a kernel on other tensors of the same types."""
+    kernel, inputs = call
+    is_plain = all(isinstance(node.kernel, Source) for node in inputs) and len(set(inputs)) == len(inputs)
+    return (kernel, tuple(node.type for node in inputs)) if is_plain else call
 
 
 class _Group:

@@ -15,8 +15,10 @@ builtin that callers would expect to catch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from surgery.escapes import shown
 
 __all__ = [
     "CheckpointError",
@@ -27,10 +29,11 @@ __all__ = [
     "SpecError",
     "SurgeryError",
     "VerifyError",
+    "most",
+    "problems_of",
 ]
 
-
-LONGEST_SHOWN = 3000  # characters of each part
+MOST_PROBLEMS = 100  # more of them are read by nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +45,12 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        lines = [f"error: {_shown(self.what)}"]
+        lines = [f"error: {shown(self.what)}"]
         if self.at:
-            lines.append(f"  at   {_shown(self.at)}")
+            lines.append(f"  at   {shown(self.at)}")
         if self.fix:
-            lines.append(f"  fix  {_shown(self.fix)}")
+            lines.append(f"  fix  {shown(self.fix)}")
         return "\n".join(lines)
-
-
-def _shown(text: str) -> str:
-    """`text` as a terminal may have it: names in a hostile file can be long, or move the cursor."""
-    if len(text) > LONGEST_SHOWN:
-        text = f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 class SurgeryError(Exception):
@@ -99,3 +93,10 @@ class VerifyError(SurgeryError, ValueError):
 def problems_of(errors: Iterable[SurgeryError]) -> tuple[Problem, ...]:
     """All problems of `errors`, in order."""
     return tuple(problem for error in errors for problem in error.problems)
+
+
+def most(problems: Sequence[Problem], at: str) -> tuple[Problem, ...]:
+    """The first of them, and how many there are beyond."""
+    left = len(problems) - MOST_PROBLEMS
+    more = [Problem(f"and {left} more problems", at)] if left > 0 else []
+    return (*problems[:MOST_PROBLEMS], *more)

@@ -32,6 +32,7 @@ __all__ = [
     "ERROR_UNIT",
     "BadValue",
     "Call",
+    "Digests",
     "Graph",
     "Kernel",
     "Node",
@@ -80,6 +81,7 @@ class Kernel(ABC):
         return None
 
 
+MOST_DIGESTS = 10_000  # that are remembered for what comes next
 ERROR_UNIT = 1 << 18  # elements whose squared errors are summed by themselves; tiles are multiples of it
 
 
@@ -216,7 +218,6 @@ class Node:
     inputs: tuple[Node, ...]
     port: int
     type: TensorType
-    digest: str
 
     @property
     def call(self) -> Call:
@@ -233,6 +234,7 @@ class Graph:
 
     def __init__(self) -> None:
         self._calls: dict[Call, tuple[Node, ...]] = {}
+        self._types: dict[TensorType, TensorType] = {}  # millions of tensors have few types
 
     def apply(self, kernel: Kernel, *inputs: Node) -> tuple[Node, ...]:
         """The ports of `kernel(*inputs)`; raises ValueError if the types do not fit."""
@@ -240,14 +242,30 @@ class Graph:
         if call not in self._calls:
             types = kernel.infer(*(node.type for node in inputs))
             self._calls[call] = tuple(
-                Node(kernel, inputs, port, type_, _digest(kernel, inputs, port)) for port, type_ in enumerate(types)
+                Node(kernel, inputs, port, self._types.setdefault(type_, type_)) for port, type_ in enumerate(types)
             )
         return self._calls[call]
 
 
-def _digest(kernel: Kernel, inputs: Sequence[Node], port: int) -> str:
-    parts = [type(kernel).__name__, repr(kernel), str(port), *(node.digest for node in inputs)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+class Digests:
+    """sha256, hex, of nodes: the same for the same kernels on the same inputs, whatever graph they are in."""
+
+    def __init__(self) -> None:
+        self._known: dict[Node, str] = {}  # the latest
+
+    def of(self, node: Node) -> str:
+        """The digest of one node."""
+        if len(self._known) > MOST_DIGESTS:
+            self._known.clear()
+        for below in toposort([node]):
+            if below not in self._known:
+                self._known[below] = self._digest(below)
+        return self._known[node]
+
+    def _digest(self, node: Node) -> str:
+        kernel = node.kernel
+        parts = [type(kernel).__name__, repr(kernel), str(node.port), *(self._known[child] for child in node.inputs)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def toposort(roots: Iterable[Node]) -> Iterator[Node]:
@@ -260,6 +278,9 @@ def toposort(roots: Iterable[Node]) -> Iterator[Node]:
             yield node
         elif node not in seen:
             seen.add(node)
+            if not node.inputs:
+                yield node
+                continue
             stack.append((node, True))
             stack.extend((child, False) for child in reversed(node.inputs))
 

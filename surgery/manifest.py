@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,8 +15,10 @@ from typing import cast
 
 from surgery.checkpoint import ADAPTER_CONFIG, SourceFile
 from surgery.checkpoint.home import read_json
-from surgery.errors import OpError, Problem, VerifyError
+from surgery.checkpoint.paths import is_text, open_regular
+from surgery.errors import CheckpointError, OpError, Problem, VerifyError
 from surgery.evidence import FileRecord, TensorRecord
+from surgery.forms import is_count, lists_of, maps_of, one_of, record
 from surgery.op import SOURCE
 from surgery.plan import Plan, TensorPlan
 from surgery.types import text
@@ -24,6 +28,9 @@ __all__ = ["MANIFEST_NAME", "Manifest", "check_bases", "hashed_models", "make_ma
 MANIFEST_NAME = "surgery-manifest.json"
 SEAL = "manifest_sha256"
 PARTS_AT_ONCE = 10_000
+MOST_BYTES = 2 << 30  # of a manifest: that of a million tensors has a third of it
+LONGEST_NAME = 255  # bytes of each part
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +154,11 @@ def _model(name: str, plan: Plan, hashes: Mapping[tuple[str, str], str]) -> dict
 
 
 def _source_file(file: SourceFile, sha256: str | None) -> dict[str, object]:
-    header, sha256 = file.header, sha256 or file.sha256 or None
+    """What tells a source file from another; `sha256` is of bytes that this run hashed, all of them."""
+    header = file.header
     entry: dict[str, object] = {"name": file.name, "bytes": header.file_bytes, "header_sha256": header.sha256}
-    return entry if sha256 is None else {**entry, "sha256": sha256}
+    hashes = {"listed_sha256": file.sha256, "sha256": sha256}
+    return entry | {name: value for name, value in hashes.items() if value}
 
 
 def _seal(body: Mapping[str, object]) -> str:
@@ -178,30 +187,94 @@ def _tensor(tensor: TensorPlan, record: TensorRecord) -> dict[str, object]:
     return entry
 
 
-def _is_whole(fields: dict[str, object]) -> bool:
-    """Whether everything that verifying reads is there, in the form in which it was written."""
-    files, tensors = fields.get("files"), fields.get("tensors")
-    if fields.get("version") != 1 or not isinstance(files, list) or not isinstance(tensors, dict):
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and SHA256.fullmatch(value) is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_file_name(value: object) -> bool:
+    """Of a file that could lie in the output."""
+    if not is_text(value) or not value:
         return False
-    entries = [*cast("list[object]", files), *cast("dict[str, object]", tensors).values()]
-    return isinstance(fields.get("spec"), dict) and all(
-        isinstance(entry, dict) and isinstance(cast("dict[str, object]", entry).get("sha256"), str) for entry in entries
-    )
+    name = cast(str, value)
+    return "\0" not in name and all(len(os.fsencode(part)) <= LONGEST_NAME for part in name.split("/"))
+
+
+def _is_span(value: object) -> bool:
+    return lists_of(is_count)(value) and len(cast("list[int]", value)) == len(("start", "stop"))
+
+
+def _is_spec(value: object) -> bool:
+    """As far as it is read here; loading it again checks the rest."""
+    fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    return is_text(fields.get("source")) and maps_of(is_text)(fields.get("models", {}))
+
+
+_source_file_form = record(
+    {"name": is_text, "bytes": is_count, "header_sha256": _is_sha256},
+    {"listed_sha256": _is_sha256, "sha256": _is_sha256},
+)
+_model_form = record({"identity": is_text, "files": lists_of(_source_file_form)})
+_tensor_form = record(
+    {
+        "dtype": is_text,
+        "shape": lists_of(is_count),
+        "file": is_text,
+        "data_offsets": _is_span,
+        "sha256": _is_sha256,
+        "sources": lists_of(is_text),
+        "ops": lists_of(is_text),
+    },
+    {"error": record({"max": _is_number, "rms": _is_number})},
+)
+_form = record(
+    {
+        "version": one_of(1),
+        "spec": _is_spec,
+        "spec_sha256": _is_sha256,
+        "plan_sha256": _is_sha256,
+        "versions": record(dict.fromkeys(_VERSIONS, is_text)),
+        "source": _model_form,
+        "models": maps_of(_model_form),
+        "files": lists_of(record({"name": _is_file_name, "bytes": is_count, "sha256": _is_sha256})),
+        "tensors": maps_of(_tensor_form),
+        "dropped": maps_of(is_text),
+        SEAL: _is_sha256,
+    },
+    {"base": _model_form},
+)
+
+
+def _is_sealed(manifest: Manifest, raw: bytes) -> bool:
+    try:
+        return manifest.content[SEAL] == _seal(manifest.content) and manifest.encode() == raw
+    except ValueError:  # a lone surrogate is no text
+        return False
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        return file.read()
 
 
 def read_manifest(out: Path) -> Manifest:
     """The manifest in `out`. Raises VerifyError if there is none, or if one bit of it was changed."""
     path = out / MANIFEST_NAME
     try:
-        raw = path.read_bytes()
+        raw = _read(path)
         content: object = json.loads(raw)
-    except OSError as error:
+    except CheckpointError as error:
         fix = "give a directory that `surgery apply` wrote"
-        raise VerifyError(Problem(f"has no manifest: {error.strerror}", str(out), fix)) from None
+        raise VerifyError(Problem(f"has no manifest: {error.problems[0].what}", str(out), fix)) from None
     except (ValueError, RecursionError) as error:
         raise VerifyError(Problem(f"is damaged: {error}", str(path), "apply again")) from None
-    fields = cast("dict[str, object]", content) if isinstance(content, dict) else {}
+    fields = cast("dict[str, object]", content) if _form(content) else {}
     manifest = Manifest(fields)
-    if not _is_whole(fields) or fields.get(SEAL) != _seal(fields) or manifest.encode() != raw:
+    if not fields or not _is_sealed(manifest, raw):
         raise VerifyError(Problem("is damaged: it does not match its own seal", str(path), "apply again"))
     return manifest

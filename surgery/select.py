@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 from surgery.checkpoint.architecture import Architecture
 from surgery.checkpoint.modules import Module
@@ -15,6 +16,7 @@ from surgery.spec import ALL_LINEAR, Edit
 
 __all__ = ["Match", "Selection", "select"]
 
+MOST_UNMATCHED = 20  # regexes that are explained; more of them are read by nobody
 MOST_COMPARED = 1000  # families of names; comparing texts takes time
 LONGEST_COMPARED = 300
 
@@ -82,29 +84,58 @@ def _match(
     if not edit.patterns.regexes:
         return [Match(path, module, None) for path, module in candidates.items()], []
     regexes = _limited(edit.patterns.regexes, edit.pattern_place)
-    unused = dict.fromkeys(regexes)
+    unused, hits_of = dict.fromkeys(regexes), _finder(regexes)
     matches: list[Match] = []
     for path, module in candidates.items():
-        hits = [(regex, match) for regex in regexes if (match := regex.fullmatch(path))]
+        hits = hits_of(path)
         if hits:
             matches.append(Match(path, module, hits[0][1]))
         for regex, _ in hits:
             unused.pop(regex, None)
-    return matches, [_no_match(edit, regex, candidates) for regex in unused]
+    return matches, _explained(unused, edit.pattern_place, lambda regex: _no_match(edit, regex, candidates))
 
 
 def _excepted(edit: Edit, candidates: Mapping[str, Module], selected: list[str]) -> tuple[set[str], list[Problem]]:
+    regexes = _limited(edit.patterns.excepts, edit.except_place) if selected else []
+    unused, hits_of = dict.fromkeys(regexes), _finder(regexes)
     excepted: set[str] = set()
-    problems: list[Problem] = []
-    for regex in _limited(edit.patterns.excepts, edit.except_place) if selected else ():
-        hits = {path for path in selected if regex.fullmatch(path)}
-        excepted |= hits
-        if not hits:
-            others = sum(regex.fullmatch(path) is not None for path in candidates)
-            what = f"`except` `{regex.pattern}` takes nothing away from the {len(selected)} {edit.op.selects} selected"
-            what += f": none of the {others} that it matches is among them" if others else ""
-            problems.append(Problem(what, edit.except_place, _nearest(regex.pattern, selected, edit.op.selects)))
-    return excepted, problems
+    for path in selected:
+        for regex, _ in hits_of(path):
+            unused.pop(regex, None)
+            excepted.add(path)
+    return excepted, _explained(unused, edit.except_place, lambda regex: _no_except(edit, regex, candidates, selected))
+
+
+def _no_except(edit: Edit, regex: Regex, candidates: Iterable[str], selected: list[str]) -> Problem:
+    others = sum(regex.fullmatch(path) is not None for path in candidates)
+    what = f"`except` `{regex.pattern}` takes nothing away from the {len(selected)} {edit.op.selects} selected"
+    what += f": none of the {others} that it matches is among them" if others else ""
+    return Problem(what, edit.except_place, _nearest(regex.pattern, selected, edit.op.selects))
+
+
+def _explained(unused: Iterable[Regex], place: str, problem: Callable[[Regex], Problem]) -> list[Problem]:
+    """A problem for each of the first, and how many there are beyond."""
+    regexes = list(unused)
+    left = len(regexes) - MOST_UNMATCHED
+    more = [Problem(f"and {left} more regexes that match nothing", place)] if left > 0 else []
+    return [*map(problem, regexes[:MOST_UNMATCHED]), *more]
+
+
+def _finder(regexes: Iterable[Regex]) -> Callable[[str], list[tuple[Regex, re.Match[str]]]]:
+    """What gives the regexes that match a name, in order. Plain names, of which there can be many, are looked up."""
+    named: dict[str, list[tuple[int, Regex]]] = {}
+    others: list[tuple[int, Regex]] = []
+    for item in enumerate(regexes):
+        for name in item[1].literals:
+            named.setdefault(name, []).append(item)
+        if not item[1].literals:
+            others.append(item)
+
+    def hits_of(name: str) -> list[tuple[Regex, re.Match[str]]]:
+        tried = sorted([*named[name], *others], key=itemgetter(0)) if name in named else others
+        return [(regex, match) for _, regex in tried if (match := regex.fullmatch(name))]
+
+    return hits_of
 
 
 def _limited(regexes: Iterable[re.Pattern[str]], place: str) -> list[Regex]:

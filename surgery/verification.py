@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
+from surgery.card import CARD_NAME, has_card
 from surgery.errors import Problem, VerifyError
 from surgery.evidence import FileRecord
 from surgery.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -18,10 +19,15 @@ READ_BYTES = 1 << 20
 
 
 def verify_output(out: Path) -> Manifest:
-    """The manifest of `out`. Raises VerifyError naming every file, and tensor, that differs from it."""
+    """The manifest of `out`. Raises VerifyError naming every file, and tensor, that differs from it.
+
+    The card that `push` made of the manifest may stand where README.md was, or was not.
+    """
     manifest = read_manifest(out)
-    problems = [problem for record in manifest.files for problem in _check_file(out, record, manifest)]
-    known = {record.name for record in manifest.files} | {MANIFEST_NAME}
+    made = {CARD_NAME} if has_card(out, manifest) else set[str]()
+    records = [record for record in manifest.files if record.name not in made]
+    problems = [problem for record in records for problem in _check_file(out, record, manifest)]
+    known = {record.name for record in records} | {MANIFEST_NAME} | made
     for name in sorted(set(_files(out)) - known):
         fix = "remove it, or keep it elsewhere: a loader may pick it up"
         problems.append(Problem(f"`{name}` is not in the manifest", str(out), fix))

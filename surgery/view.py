@@ -8,6 +8,7 @@ from typing import cast
 
 from surgery.checkpoint.modules import Module
 from surgery.counting import Training
+from surgery.escapes import shown
 from surgery.graph import Source, bits_per_element
 from surgery.inspection import Inspection
 from surgery.manifest import Manifest
@@ -19,6 +20,7 @@ __all__ = ["fold", "inspection_text", "manifest_text", "plan_text", "register"]
 
 Row = tuple[str, str, str]  # mark, name, what happens to it
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+MARKS = "~+-→"
 SUFFIX = re.compile(r"\.weight$")
 
 
@@ -29,12 +31,17 @@ def register() -> None:
     text.register(Manifest, manifest_text)
 
 
+def _page(lines: Iterable[str]) -> str:
+    """What goes to a terminal. Names and configs are of others: here, and only here, they become harmless."""
+    return "\n".join(map(shown, lines))
+
+
 # Plans
 
 
 def plan_text(plan: Plan) -> str:
     """Layers folded; `+ add  ~ change  - drop  → rename  = copy`."""
-    lines = _table([row for mark in "~+-→" for row in _rows(plan, mark)])
+    lines = _table(sorted(_rows(plan), key=lambda row: MARKS.index(row[0])))
     counts = plan.summary()
     if counts["copy"]:
         lines.append(f"= {_count(counts['copy'], 'tensor')} copied byte for byte")
@@ -43,7 +50,7 @@ def plan_text(plan: Plan) -> str:
     words = ", ".join(f"{number} {word}" for word, number in counts.items() if number) + "."
     reads, writes = format_decimal(plan.cost.bytes_read), format_decimal(plan.cost.bytes_written)
     lines.append(f"Plan: {words}  reads {reads}  writes {writes}  peak memory {format_binary(plan.cost.peak_memory)}")
-    return "\n".join(lines)
+    return _page(lines)
 
 
 def _training(name: str, training: Training, plan: Plan) -> Iterator[str]:
@@ -59,19 +66,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _rows(plan: Plan, mark: str) -> Iterator[Row]:
-    labelled = {tensor.node.call for tensor in plan.tensors if tensor.node.kernel.label}
+def _rows(plan: Plan) -> Iterator[Row]:
     for tensor in plan.tensors:
-        is_part = tensor.node.call in labelled and tensor.node.port > 0
-        if mark == "~" and tensor.action == "change" and not is_part:
+        is_part = tensor.node.port > 0 and bool(tensor.node.kernel.label)
+        if tensor.action == "change" and not is_part:
             yield "~", _site_name(tensor), _change(plan, tensor)
-        elif mark == "+" and tensor.action == "add" and not is_part:
+        elif tensor.action == "add" and not is_part:
             yield "+", tensor.name, f"{tensor.node.type}{_from(tensor)}"
-        elif mark == "→" and tensor.action == "rename":
+        elif tensor.action == "rename":
             yield "→", f"{tensor.origin} → {tensor.name}", str(tensor.node.type)
     for name, type_ in plan.dropped.items():
-        if mark == "-":
-            yield "-", name, str(type_)
+        yield "-", name, str(type_)
 
 
 def _site_name(tensor: TensorPlan) -> str:
@@ -149,7 +154,7 @@ def inspection_text(inspection: Inspection) -> str:
         lines.append("adapter: " + ", ".join(f"{key} {value}" for key, value in inspection.adapter().items()))
     lines += [f"quantized: {label}, {_count(count, 'module')}" for label, count in inspection.quantization().items()]
     lines += [f"note: {note}" for note in checkpoint.notes]
-    return "\n".join(lines)
+    return _page(lines)
 
 
 def _module_text(module: Module) -> str:
@@ -186,4 +191,4 @@ def manifest_text(manifest: Manifest) -> str:
         mean = sum(error["rms"] for error in errors.values()) / len(errors)
         lines.append(f"worst error {errors[worst]['max']:.3g} in {worst}")
         lines.append(f"mean RMS error {mean:.3g} over {_count(len(errors), 'rounded tensor')}")
-    return "\n".join(lines)
+    return _page(lines)

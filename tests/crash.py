@@ -57,8 +57,11 @@ def random_moments(spec: dict[str, Any], home: str, kills: int, seed: int) -> di
     return found
 
 
-def every_call(spec: dict[str, Any], home: str, at_most: int) -> dict[str, Any]:
-    """Kill a run before each of the calls that change the disk (`at_most` of them, evenly), and resume it."""
+def every_call(spec: dict[str, Any], home: str, at_most: int, *, overwrite: bool) -> dict[str, Any]:
+    """Kill a run before each of the calls that change the disk (`at_most` of them), and resume it.
+
+    With `overwrite` there is an OUT already, which is there until the new one is.
+    """
     whole = Path(home) / "whole"
     counted = Path(home) / "counted"
     assert _ended(_fork(_counting, spec, whole, counted)) == 0
@@ -68,10 +71,16 @@ def every_call(spec: dict[str, Any], home: str, at_most: int) -> dict[str, Any]:
     found: dict[str, Any] = {"kills": 0, "differ": [], "half": [], "calls": num_calls}
     for moment in moments:
         out = Path(home) / f"out-{moment}"
+        if overwrite:
+            out.mkdir()
+            (out / "old").write_text("as it was")
         code = _ended(_fork(_until, spec, out, moment))
         found["kills"] += code == -signal.SIGKILL
-        _note(found, whole, out, is_killed=True)
-        if not out.exists():
+        if not overwrite or (out.exists() and not (out / "old").exists()):
+            _note(found, whole, out, is_killed=True)
+        elif sorted(out.iterdir()) != [out / "old"]:
+            found["half"].append(out.name)
+        if overwrite or not out.exists():
             assert _ended(_fork(_apply, spec, out)) == 0
         _note(found, whole, out, is_killed=False)
         _remove(out)
@@ -89,8 +98,9 @@ def _apply(spec: dict[str, Any], out: Path, first: Path | None = None) -> None:
         if first and not first.exists():
             first.write_text(str(done))
 
-    if not out.exists():  # a run that was killed after its rename is done
-        surgery.apply(surgery.plan(spec), out, resume=True, memory="128MiB", workers=2, device="cpu", report=report)
+    plan = surgery.plan(spec)
+    overwrite = out.exists()  # as it was before, or by a run that was killed after its rename
+    surgery.apply(plan, out, resume=True, overwrite=overwrite, memory="128MiB", workers=2, device="cpu", report=report)
 
 
 def _counting(spec: dict[str, Any], out: Path, counted: Path) -> None:

@@ -54,7 +54,7 @@ class Served:
 
     num_requests: int = 0
     num_bytes: int = 0
-    by_path: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    by_path: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # of what links lead to: `org/name/file`
 
 
 class Hub(ThreadingHTTPServer):
@@ -223,7 +223,7 @@ class Answer(BaseHTTPRequestHandler):
             return
         tag = fault.value if (fault := hub.fault(path, ("etag",))) else hub.sha256(raw)
         with hub.lock:
-            link = f"/cdn/{len(hub.links)}/{quote(name)}"
+            link = f"/cdn/{len(hub.links)}/{quote(repo)}/{quote(name)}"
             hub.links[unquote(link)] = [raw, hub.link_uses]
         headers = {"X-Linked-ETag": f'"{tag}"', "X-Linked-Size": str(len(raw)), "X-Repo-Commit": commit}
         location = f"http://localhost:{hub.server_port}{link}?Expires=1"

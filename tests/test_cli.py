@@ -164,6 +164,11 @@ def test_every_option_in_the_readme_exists() -> None:
         assert set(re.findall(r"--[a-z-]+", usage + does)) <= known
 
 
+def test_every_test_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"`(test_[a-z_*]+\.py)`", README))
+    assert named and all(list((ROOT / "tests").glob(name)) for name in named)
+
+
 def test_every_recipe_is_in_the_readme() -> None:
     table = README.partition("names a recipe")[2].partition("\n\n")[2].partition("\n\n")[0]
     recipes = {path.stem for path in (ROOT / "specs").glob("*.yaml")}

@@ -5,16 +5,19 @@ kills in test_faults.py, and what nobody thought of in test_fuzz.py.
 """
 
 import errno
+import hashlib
 import json
 import os
 import resource
 import shutil
+import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ import pytest
 from fuzz.targets import CONFIG, header_bytes, json_bytes, tensors_of, write_adapter, write_model, write_tensors
 
 import surgery
-from surgery import regexes
+from surgery import cli, regexes
 from surgery.checkpoint.header import MAX_NAME, MAX_TENSORS
+from surgery.errors import Problem
 from surgery.regexes import MAX_LENGTH, Limit, Regex, flaw
 from surgery.spec.document import MAX_BYTES
 
@@ -145,6 +149,45 @@ def test_regexes_that_share_a_limit_share_its_time(hurried: None) -> None:
     assert time.perf_counter() - begun < 3
 
 
+# Each ends in time, and a thousand of them would not.
+SLOW = [rf"(?:(?:a|aa)+)+!{index}|zz" for index in range(1000)]
+MANY_SLOW: dict[str, list[dict[str, Any]]] = {
+    "edits": [{**CAST, "tensors": regex} for regex in SLOW],
+    "one edit": [{**CAST, "tensors": SLOW}],
+    "rank_pattern": [{**LORA, "rank_pattern": dict.fromkeys(SLOW, 1)}],
+    "modules_to_save": [{**LORA, "modules_to_save": SLOW}],
+}
+
+
+@pytest.mark.parametrize("place", MANY_SLOW)
+def test_all_regexes_of_a_plan_share_one_limit_of_time(place: str, victims: dict[str, Path]) -> None:
+    refused(lambda: surgery.plan(spec_of(victims["model"], *MANY_SLOW[place])), "takes more than 0.3 s")
+
+
+def test_all_regexes_of_an_adapter_share_one_limit_of_time(victims: dict[str, Path]) -> None:
+    said = {"peft_type": "LORA", "r": 2, "target_modules": [VICTIM], "rank_pattern": dict.fromkeys(SLOW, 2)}
+    (victims["adapter"] / "adapter_config.json").write_bytes(json_bytes(said))
+    fold = spec_of(victims["model"], {"op": "adapter.fold", "models": "a"}, models={"a": str(victims["adapter"])})
+    refused(lambda: surgery.plan(fold), "in the adapter's config", "takes more than 0.3 s")
+
+
+def test_regexes_that_take_long_to_read_share_one_limit_of_time(model: Path, hurried: None) -> None:
+    """To ignore the case of a range, `re` looks at each of its characters."""
+    slow = ["(?i)" + "[ -\U0010fffd]" * 30 + str(index) for index in range(20)]
+    refused(lambda: surgery.load(spec_of(model, {**CAST, "tensors": slow})), "with the regexes before it")
+
+
+@pytest.mark.parametrize("option", ["tensors", "except"])
+def test_many_plain_names_that_match_nothing_are_judged_soon(option: str, model: Path) -> None:
+    edit = {**CAST, option: [f"a{index}" for index in range(50_000)]}
+    refused(lambda: surgery.plan(spec_of(model, edit)), "`a0`", "and 49980 more regexes that match nothing")
+
+
+def test_only_the_first_of_many_problems_are_told(model: Path) -> None:
+    attach = {**LORA, "modules": "all-linear", "rank_pattern": {f"a{index}": 1 for index in range(2000)}}
+    refused(lambda: surgery.plan(spec_of(model, attach)), "`a99`", "and 1900 more problems")
+
+
 @pytest.mark.parametrize(
     "pattern",
     ["(" * 5000 + "a" + ")" * 5000, "[a-z]" * MAX_LENGTH, "(?i)" + "[\0-\U0010ffff]" * MAX_LENGTH, "x{99999999999}",
@@ -196,6 +239,48 @@ def test_a_module_whose_path_is_a_regex_is_not_written_where_one_is_read(model: 
         write_tensors(model / "model.safetensors", shapes)
         edit = {"op": "quantize.nf4", "modules": r".*q_proj"}
         refused(lambda edit=edit: surgery.plan(spec_of(model, edit)), name, "llm_int8_skip_modules")
+
+
+def test_modules_left_alone_are_listed_in_the_time_of_a_look_up(model: Path) -> None:
+    """Each of them was once held against each that is quantized."""
+    names = {f"model.layers.{index}.{name}_proj.weight": (1, 64) for index in range(8000) for name in "qk"}
+    write_tensors(model / "model.safetensors", names)
+    begun = time.perf_counter()
+    plan = surgery.plan(spec_of(model, {"op": "quantize.nf4", "modules": r".*q_proj"}))
+    skipped = json.loads(plan.config or b"")["quantization_config"]["llm_int8_skip_modules"]
+    assert "model.layers.7999.k_proj" in skipped and not [name for name in skipped if "q_proj" in name]
+    assert time.perf_counter() - begun < MOST_SECONDS
+
+
+# What is printed
+
+MOVES = "a\x1b[2J\x9b2J\x7f\u202e\u2066\ud800\r\nPlan: nothing"
+
+
+def test_what_moves_the_cursor_or_forges_a_line_is_printed_escaped(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_bytes(json_bytes({"model_type": MOVES}))
+    adapter = write_adapter(tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_bytes(json_bytes({"peft_type": MOVES, "base_model_name_or_path": MOVES}))
+    printed = [surgery.plan(spec_of(model, CAST)), surgery.inspect(model), surgery.inspect(adapter)]
+    for text in map(str, printed):
+        assert text.replace("\n", "").isprintable() and r"a\x1b[2J\x9b2J" in text
+        assert "Plan: nothing" not in text.splitlines()
+    assert json.dumps(surgery.inspect(model).to_json()).isprintable()
+
+
+def test_a_line_without_end_is_printed_without_its_middle(model: Path) -> None:
+    (model / "config.json").write_bytes(json_bytes({"model_type": "x" * 1_000_000}))
+    assert len(str(surgery.inspect(model))) + len(str(surgery.plan(spec_of(model, CAST)))) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("problem", "command"),
+    [(("a%\r\nb", "x:y,z%.yaml:7, edits[0]", ""), "::error file=x%3Ay%2Cz%25.yaml,line=7::a%25%0D%0Ab"),
+     (("a", "x\n::error::y", "b"), "::error file=x%0A%3A%3Aerror%3A%3Ay::a%0Ab"),
+     (("\x1b[2J", "x:²", ""), "::error file=x%3A²::\\x1b[2J")],
+)  # fmt: skip
+def test_a_message_for_github_is_one_command(problem: tuple[str, str, str], command: str) -> None:
+    assert cli._github(Problem(*problem)) == command  # pyright: ignore[reportPrivateUsage]
 
 
 # Specs
@@ -346,6 +431,12 @@ def test_more_tensors_than_any_model_has_are_refused(model: Path) -> None:
     refused(lambda: surgery.inspect(model), f"more than {MAX_TENSORS} tensors")
 
 
+def test_more_metadata_than_any_file_has_is_refused(model: Path) -> None:
+    raw = b'{"__metadata__":{' + b",".join(b'"%x":""' % index for index in range(2_100_000)) + b"}}"
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    refused(lambda: surgery.inspect(model), "keys of `__metadata__`")
+
+
 def test_paths_of_many_parts_take_memory_by_their_number(model: Path) -> None:
     names = {f"{index}{'.abcdef' * 64}": (1,) for index in range(5000)}
     write_tensors(model / "model.safetensors", names)
@@ -367,6 +458,28 @@ def test_a_key_that_stands_twice_is_refused(name: str, model: Path) -> None:
 def test_a_config_of_millions_of_objects_is_refused(piece: bytes, model: Path) -> None:
     (model / "config.json").write_bytes(b'{"a": [' + piece * (60_000_000 // len(piece)) + b"1]}")
     refused(lambda: surgery.inspect(model), "config.json", "objects and lists")
+
+
+NO_LAYERS: dict[str, object] = {
+    "attention_types": 5,
+    "block_types": {"a": 1},
+    "hybrid_override_pattern": "M",
+    "first_k_dense_replace": 10**40,
+    "moe_layer_freq": "2",
+}
+
+
+@pytest.mark.parametrize("key", NO_LAYERS)
+def test_a_config_that_tells_nothing_of_its_layers_is_our_own_error(key: str, model: Path) -> None:
+    (model / "config.json").write_bytes(json_bytes({**CONFIG, key: NO_LAYERS[key]}))
+    with suppress(surgery.SurgeryError):
+        surgery.plan(spec_of(model, {"op": "layers.select", "keep": [1, 1, 0]}))
+
+
+def test_a_config_of_countless_layers_is_not_written_out(model: Path) -> None:
+    (model / "config.json").write_bytes(json_bytes({**CONFIG, "attention_types": [[["a", "b"], 10**12]]}))
+    plan = surgery.plan(spec_of(model, {"op": "layers.select", "keep": [1]}))
+    assert json.loads(plan.config or b"")["attention_types"] == [[["b"], 1]]
 
 
 def test_infinity_in_a_config_is_kept(model: Path, tmp_path: Path) -> None:
@@ -466,6 +579,100 @@ def test_a_broken_hub_cache_is_refused(content: bytes | None, tmp_path: Path) ->
     with (repository / "refs" / "main").open("wb") as file:
         file.truncate(20 << 30) if content is None else file.write(content)
     refused(lambda: surgery.inspect(repository))
+
+
+# Manifests that mislead whoever verifies
+
+NASTY: list[Any] = [
+    None,
+    True,
+    -1,
+    10**30,
+    1.5,
+    "",
+    "../etc",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    "x" * 9999,
+    [],
+    {},
+    [None],
+]
+
+
+def places_of(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a manifest: the first of a list's or map's that are alike stands for all."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(inside)[:13]:
+        yield (*above, key)
+        yield from places_of(item, (*above, key))
+
+
+def test_a_manifest_that_is_forged_and_sealed_ends_in_our_own_error(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    surgery.apply(surgery.plan(spec_of(large, CAST)), out)
+    path = out / "surgery-manifest.json"
+    whole = json.loads(path.read_text())
+    num_refused = 0
+    for place in list(places_of(whole)):
+        for value in NASTY:
+            forged = json.loads(json.dumps(whole))
+            entry = forged
+            for key in place[:-1]:
+                entry = entry[key]
+            entry[place[-1]] = value
+            forged["manifest_sha256"] = sealed(forged)
+            path.write_bytes(json.dumps(forged, indent=1, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+            try:
+                surgery.verify(out, reproduce=True, source=str(large))
+            except surgery.SurgeryError:
+                num_refused += 1
+    assert num_refused > 100
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """As a manifest is: the sha256 of all but the seal itself."""
+    body = {key: content[key] for key in sorted(content) if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def test_a_manifest_that_is_no_file_or_endless_is_refused(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    surgery.apply(surgery.plan(spec_of(large, CAST)), out)
+    path = out / "surgery-manifest.json"
+    path.unlink()
+    os.mkfifo(path)
+    refused(lambda: surgery.verify(out), "is no regular file")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(lambda: surgery.verify(out), "is no regular file")
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    refused(lambda: surgery.verify(out), "is damaged")
+
+
+# What is in the way of a run
+
+
+def test_a_pipe_or_a_socket_is_never_replaced(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    os.mkfifo(out)
+    refused(lambda: surgery.apply(surgery.plan(spec_of(large, CAST)), out, overwrite=True), "is a device, a pipe")
+    assert stat.S_ISFIFO(out.stat().st_mode) and sorted(tmp_path.iterdir()) == [large, out]
+
+
+def test_a_source_that_became_a_pipe_is_not_waited_for(large: Path, tmp_path: Path) -> None:
+    plan = surgery.plan(spec_of(large, CAST))
+    (large / "model.safetensors").unlink()
+    os.mkfifo(large / "model.safetensors")
+    refused(lambda: surgery.apply(plan, tmp_path / "out"), "model.safetensors")
+
+
+def test_a_device_that_computes_nothing_is_refused(large: Path, tmp_path: Path) -> None:
+    plan = surgery.plan(spec_of(large, CAST))
+    refused(lambda: surgery.apply(plan, tmp_path / "out", device="meta"), "--device meta cannot be used")
 
 
 # Disks that fail while a run goes on

@@ -3,7 +3,9 @@
 import json
 import os
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,15 @@ from typing import Any
 import pytest
 import torch
 from hub import Content, Fault, Hub, command, files_of, serving
+from jsonschema import Draft202012Validator
 from safetensors.torch import save, save_file
 
 import surgery
+from surgery.checkpoint import remote
+from surgery.checkpoint.remote import RemoteFile
+from surgery.checkpoint.repository import read_headers
 
+ROOT = Path(__file__).parents[1]
 REPO = "org/model"
 COMMIT = "c" * 40
 NF4 = {"op": "quantize.nf4", "modules": "all-linear"}
@@ -61,6 +68,11 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("donor") / "model", 1)
+
+
+@pytest.fixture(scope="module")
+def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("third") / "model", 2)
 
 
 @pytest.fixture
@@ -112,8 +124,20 @@ def expected(local: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def read_of(hub: Hub) -> dict[str, list[tuple[int, int]]]:
-    """What was sent of weights, by file."""
+    """What was sent of weights, by `org/name/file`."""
     return {name: sorted(spans) for name, spans in hub.served.by_path.items() if name.endswith(".safetensors")}
+
+
+def sent_once(hub: Hub) -> int:
+    """Bytes of weights that were sent, none of them twice."""
+    for file, spans in read_of(hub).items():
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(spans)), file
+    return sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
+
+
+def size_of(*models: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
 
 
 def forget(hub: Hub) -> None:
@@ -150,9 +174,35 @@ def test_a_plan_of_a_thousand_shards_takes_one_small_range_of_each(home: Path, h
     ranges = read_of(hub)
     assert len(ranges) == 1000 and all(len(spans) == 1 for spans in ranges.values())
     assert hub.served.num_requests == 1 + 2 + 2 * 1000  # the listing; index and config; each with its link
-    headers = sum(struct.unpack("<Q", bytes(raw[:8]))[0] + 8 for name, raw in files.items() if name in ranges)
+    headers = sum(
+        struct.unpack("<Q", bytes(raw[:8]))[0] + 8 for name, raw in files.items() if f"{REPO}/{name}" in ranges
+    )
     assert sum(stop for ((_, stop),) in ranges.values()) < 1.4 * headers < 600_000
     assert hub.most_at_once <= 16
+
+
+def test_large_headers_are_fetched_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen of the largest that the format allows would take gigabytes. Small ones come side by side."""
+    sizes = (10, 20, 2_000_000, 2_000_001)
+    content = {str(size): save({"w": torch.zeros(2)}, {"note": "x" * size}) for size in sizes}
+    meeting = {False: threading.Barrier(2, timeout=10), True: threading.Barrier(2, timeout=0.2)}
+    fetched: list[tuple[str, int, int]] = []
+
+    def fetch(file: RemoteFile, start: int, stop: int, take: Callable[[bytes], None]) -> None:
+        is_rest = start > 0
+        if is_rest or file.size < 1000:
+            with suppress(threading.BrokenBarrierError):
+                meeting[is_rest].wait()
+        fetched.append((file.name, start, stop))
+        take(content[file.name][start:stop])
+
+    monkeypatch.setattr(remote, "fetch", fetch)
+    files = {name: RemoteFile(REPO, COMMIT, name, len(raw)) for name, raw in content.items()}
+    headers = read_headers(files, None)
+    assert [header.metadata["note"] for header in headers.values()] == ["x" * int(name) for name in content]
+    assert meeting[True].broken and not meeting[False].broken
+    for (name, _, stop), (other, start, _) in pairwise(sorted(fetched)):
+        assert name != other or stop <= start
 
 
 @pytest.mark.parametrize("skip", [0, 2], ids=["headers", "weights"])
@@ -171,16 +221,59 @@ def test_inspecting_reads_headers_alone(home: Path, hub: Hub, local: Path) -> No
     assert not list((home / "cache").rglob("*.safetensors"))
 
 
-def test_each_byte_of_the_source_is_sent_once(home: Path, hub: Hub, local: Path, expected: dict[str, bytes]) -> None:
-    assert command(home, hub, "plan", "spec.yaml").returncode == 0
-    for_the_plan = read_of(hub)
+EVERY_BYTE: dict[str, list[dict[str, Any]]] = {
+    "nf4": [{**NF4, "double_quant": True}],
+    "copy": [{"op": "tensor.rename", "tensors": r"model\.layers\.(\d+)\.(.*)", "to": r"model.blocks.\1.\2"}],
+    "half-precision": [{"op": "tensor.cast", "tensors": ".*", "dtype": "bfloat16"}],
+    "several-edits": [
+        {"op": "tensor.cast", "tensors": ".*", "dtype": "bfloat16"},
+        NF4,
+        {"op": "attach.lora", "name": "train", "modules": "all-linear", "rank": 4, "alpha": 8},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"), [*((name, "64MiB") for name in EVERY_BYTE), ("nf4", "2GiB"), ("several-edits", "2GiB")]
+)
+def test_each_byte_of_the_source_is_sent_once(name: str, memory: str, home: Path, hub: Hub, local: Path) -> None:
+    """From the plan to the last byte, headers included."""
+    edits = EVERY_BYTE[name]
+    write_spec(home, edits)
+    out = applied(home, hub, "--memory", memory)
+    assert sent_once(hub) == size_of(local)
+    write_spec(home, edits, str(local))
+    assert applied(home, hub, "--overwrite") == out
+
+
+@pytest.mark.parametrize(
+    ("op", "memory"),
+    [("merge.ties", "least"), ("merge.ties", "2GiB"), ("merge.dare_linear", "least"), ("merge.model_stock", "least")],
+)
+def test_each_byte_of_every_model_of_a_merge_is_sent_once(
+    op: str, memory: str, home: Path, hub: Hub, local: Path, donor: Path, third: Path
+) -> None:
+    """What two passes need, and does not fit the memory between them, lies on scratch, which is gone at the end."""
+    names = ["other", "third"]
+    parameters = {"weight": 1, "density": 0.4}
+    merge = {"op": op, "models": names if op == "merge.model_stock" else dict.fromkeys(names, parameters)}
+    hub.more["org/third"] = {"e" * 40: files_of(third)}
+    write_spec(home, [merge], other="org/donor", third="org/third")
+    least = json.loads(command(home, hub, "plan", "spec.yaml", "--json").stdout)["cost"]["min_memory_bytes"]
     forget(hub)
-    assert applied(home, hub) == expected
-    for file, spans in read_of(hub).items():
-        for span in for_the_plan[file]:  # `apply` plans first
-            spans.remove(span)
-        assert spans[0][0] == 0 and spans[-1][1] == (local / file).stat().st_size
-        assert all(stop == start for (_, stop), (start, _) in pairwise(spans))
+    out = applied(home, hub, "--memory", str(least) if memory == "least" else memory, "--workers", "1")
+    assert sent_once(hub) == size_of(local, donor, third)
+    assert {path.name for path in home.iterdir()} <= {"spec.yaml", "out", "cache"}
+    write_spec(home, [merge], str(local), other=str(donor), third=str(third))
+    assert applied(home, hub, "--overwrite") == out
+
+
+def test_what_is_dropped_is_not_sent(home: Path, hub: Hub, local: Path) -> None:
+    write_spec(home, [{"op": "tensor.drop", "tensors": r".*\.down_proj\.weight"}])
+    out = applied(home, hub)
+    assert sent_once(hub) < size_of(local) - 2 * 512 * 1024 * 4 + 2048  # of them what came with a header
+    write_spec(home, [{"op": "tensor.drop", "tensors": r".*\.down_proj\.weight"}], str(local))
+    assert applied(home, hub, "--overwrite") == out
 
 
 @pytest.mark.parametrize("memory", ["64MiB", "2GiB"])
@@ -195,11 +288,59 @@ def test_nothing_of_the_source_stays_on_disk(home: Path, hub: Hub) -> None:
     assert not kept, kept
 
 
-def test_the_manifest_has_the_digests_that_the_hub_lists(home: Path, hub: Hub) -> None:
-    applied(home, hub)
+def hashes_of(out: Path) -> list[tuple[str, str | None]]:
+    """What the manifest says of the source's weight files: the sha256 that the Hub lists, that of the bytes."""
+    files = json.loads((out / "surgery-manifest.json").read_text())["source"]["files"]
+    return [(entry["listed_sha256"], entry.get("sha256")) for entry in files]
+
+
+@pytest.mark.parametrize("option", [(), ("--download",)], ids=["streamed", "downloaded"])
+def test_the_manifest_tells_what_is_listed_from_what_was_hashed(option: tuple[str, ...], home: Path, hub: Hub) -> None:
+    digests = [hub.sha256(hub.files[COMMIT][name]) for name in SHARDS]
+    applied(home, hub, *option)
+    assert hashes_of(home / "out") == [(digest, None) for digest in digests]
+    applied(home, hub, *option, "--overwrite", "--hash-sources")
+    assert hashes_of(home / "out") == [(digest, digest) for digest in digests]
     manifest = json.loads((home / "out" / "surgery-manifest.json").read_text())
-    files = {entry["name"]: entry["sha256"] for entry in manifest["source"]["files"]}
-    assert files == {name: hub.sha256(hub.files[COMMIT][name]) for name in SHARDS}
+    Draft202012Validator(json.loads((ROOT / "schemas" / "manifest.v1.schema.json").read_text())).validate(manifest)
+
+
+def test_what_is_hashed_is_read_whole_and_once(home: Path, hub: Hub, local: Path) -> None:
+    write_spec(home, [{"op": "tensor.drop", "tensors": r".*\.(up_proj|input_layernorm)\.weight"}])
+    applied(home, hub, "--hash-sources")
+    assert sent_once(hub) == size_of(local)
+    digests = [hub.sha256(hub.files[COMMIT][name]) for name in SHARDS]
+    assert hashes_of(home / "out") == [(digest, digest) for digest in digests]
+
+
+def backwards(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A file that holds them from the last to the first."""
+    entries: dict[str, object] = {}
+    data = b""
+    for name, tensor in sorted(tensors.items(), reverse=True):
+        raw = tensor.numpy().tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        data += raw
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def test_what_is_read_out_of_its_order_is_fetched_again_to_be_hashed(home: Path, hub: Hub, local: Path) -> None:
+    """A donor whose tensors lie the other way round."""
+    donor: dict[str, Content] = {file: backwards(tensors) for file, tensors in weights(1).items()}
+    digests = [hub.sha256(donor[file]) for file in SHARDS]
+    hub.more = {"org/donor": {"d" * 40: {**files_of(local), **donor}}}
+    write_spec(home, [{"op": "merge.linear", "models": {"other": {"weight": 1}}}], str(local), other="org/donor")
+    out = applied(home, hub, "--memory", "128MiB")
+    assert sent_once(hub) == sum(map(len, donor.values()))
+    forget(hub)
+    assert applied(home, hub, "--memory", "128MiB", "--overwrite", "--hash-sources") == out
+    files = json.loads((home / "out" / "surgery-manifest.json").read_text())["models"]["other"]["files"]
+    assert [(entry["listed_sha256"], entry["sha256"]) for entry in files] == [(digest, digest) for digest in digests]
+    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
+    headers = sum(8 + struct.unpack("<Q", bytes(raw[:8]))[0] for raw in donor.values())
+    assert sent <= 2 * sum(map(len, donor.values())) - headers
 
 
 def test_a_download_is_kept_and_used_from_then_on(home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
@@ -222,7 +363,7 @@ def test_a_file_that_the_cache_holds_in_part_is_read_from_the_hub(
     os.truncate(cached, 100)
     forget(hub)
     assert applied(home, hub) == expected
-    assert set(read_of(hub)) == {SHARDS[1]}
+    assert set(read_of(hub)) == {f"{REPO}/{SHARDS[1]}"}
 
 
 def test_of_a_donor_only_what_is_needed_is_read(home: Path, hub: Hub, local: Path, donor: Path) -> None:
@@ -231,35 +372,16 @@ def test_of_a_donor_only_what_is_needed_is_read(home: Path, hub: Hub, local: Pat
     out = applied(home, hub)
     write_spec(home, [merge], str(local), other=str(donor))
     assert applied(home, hub, "--overwrite") == out
-    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
-    assert 512 * 1024 * 4 <= sent < 512 * 1024 * 4 + 8192
+    assert 512 * 1024 * 4 <= sent_once(hub) < 512 * 1024 * 4 + 8192
     manifest = json.loads((home / "out" / "surgery-manifest.json").read_text())
     assert manifest["spec"]["models"]["other"].startswith("sha256:")
-
-
-def test_what_two_passes_need_is_sent_once(home: Path, hub: Hub, local: Path, donor: Path) -> None:
-    """What does not fit the memory between its passes lies on scratch, which is gone at the end."""
-    ties = {"op": "merge.ties", "models": {"other": {"weight": 1, "density": 0.4}}}
-    write_spec(home, [ties], other="org/donor")
-    run = command(home, hub, "plan", "spec.yaml", "--json")
-    least = json.loads(run.stdout)["cost"]["min_memory_bytes"]
-    forget(hub)
-    out = applied(home, hub, "--memory", str(least), "--workers", "1")
-    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
-    whole = sum((path / file).stat().st_size for path in (local, donor) for file in SHARDS)
-    assert whole <= sent < whole + 8192
-    assert {path.name for path in home.iterdir()} <= {"spec.yaml", "out", "cache"}
-    write_spec(home, [ties], str(local), other=str(donor))
-    assert applied(home, hub, "--overwrite") == out
 
 
 def test_a_tensor_of_two_outputs_is_sent_once(home: Path, hub: Hub, local: Path) -> None:
     twice = {"op": "layers.select", "slices": [{"layers": [0, 2]}, {"layers": [0, 2]}]}
     write_spec(home, [twice])
     out = applied(home, hub, "--memory", "64MiB")
-    for file, spans in read_of(hub).items():
-        size = (local / file).stat().st_size
-        assert size <= sum(stop - start for start, stop in spans) < size + 8192
+    assert sent_once(hub) == size_of(local)
     write_spec(home, [twice], str(local))
     assert applied(home, hub, "--overwrite") == out
 
@@ -305,8 +427,7 @@ def test_a_link_that_expires_again_and_again_is_asked_for_again(
 def test_what_broke_off_goes_on_where_it_broke_off(home: Path, hub: Hub, local: Path) -> None:
     hub.faults = [Fault("short", DATA, 1, 2)]
     applied(home, hub)
-    sent = sum(stop - start for spans in read_of(hub).values() for start, stop in spans)
-    assert sent < sum((local / file).stat().st_size for file in SHARDS) + 8192
+    assert sent_once(hub) == size_of(local)
 
 
 # What goes wrong, and is refused
@@ -358,7 +479,7 @@ def test_a_run_that_lost_the_hub_goes_on_with_resume(home: Path, hub: Hub, local
     out = applied(home, hub, "--resume", "--memory", "64MiB")
     surgery.apply(surgery.plan({**spec, "source": str(local)}), tmp_path / "again")
     assert out == output(tmp_path / "again")
-    sent = sum(stop - start for start, stop in read_of(hub).get(SHARDS[0], []))
+    sent = sum(stop - start for start, stop in read_of(hub).get(f"{REPO}/{SHARDS[0]}", []))
     assert sent < (local / SHARDS[0]).stat().st_size
 
 
@@ -378,17 +499,20 @@ def test_a_shard_that_is_missing_is_named(home: Path, hub: Hub) -> None:
 
 
 def test_a_quantized_model_is_dequantized_from_the_hub(home: Path, hub: Hub, local: Path, tmp_path: Path) -> None:
-    """Its records are read while planning."""
+    """Its records are read while planning, several at once."""
     surgery.apply(surgery.plan({"version": 1, "source": str(local), "edits": [NF4]}), tmp_path / "nf4")
     hub.files[COMMIT] = files_of(tmp_path / "nf4")
     back = {"op": "quantize.dequantize", "modules": "all-linear"}
     write_spec(home, [back])
+    hub.faults = [Fault("gather", DATA, 2, 1)]
     out = applied(home, hub)
+    assert not hub.gathering.broken
+    assert sent_once(hub) == size_of(tmp_path / "nf4")
     write_spec(home, [back], str(tmp_path / "nf4"))
     assert applied(home, hub, "--overwrite") == out
 
 
-def test_an_adapter_is_folded_from_the_hub(home: Path, hub: Hub, tmp_path: Path) -> None:
+def test_an_adapter_is_folded_from_the_hub(home: Path, hub: Hub, local: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     (tmp_path / "lora").mkdir()
     key = "base_model.model.model.layers.0.mlp.up_proj"
@@ -403,5 +527,6 @@ def test_an_adapter_is_folded_from_the_hub(home: Path, hub: Hub, tmp_path: Path)
     fold = {"op": "adapter.fold", "models": {"tune": {"weight": 1}}}
     write_spec(home, [fold], tune="org/lora")
     out = applied(home, hub)
+    assert sent_once(hub) == size_of(local, tmp_path / "lora")
     write_spec(home, [fold], tune=str(tmp_path / "lora"))
     assert applied(home, hub, "--overwrite") == out

@@ -10,10 +10,12 @@ import pytest
 
 from surgery.checkpoint import SourceFile
 from surgery.checkpoint.header import Header
+from surgery.checkpoint.known import Known
 from surgery.checkpoint.remote import Damaged, RemoteFile
 from surgery.errors import CheckpointError, Problem
 from surgery.stream import prefetch
-from surgery.stream.prefetch import FileKey, Prefetch, Wanted
+from surgery.stream.prefetch import Prefetch
+from surgery.stream.ranges import FileKey, Wanted
 
 RANGE = 1000
 HEADER = 100
@@ -24,7 +26,7 @@ class Served:
 
     def __init__(self, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
         self.content = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
-        self.fetched = [0] * len(sizes)
+        self.fetched = [bytearray(size) for size in sizes]  # how often each byte was
         self.lock = threading.Lock()
         self.failing: set[int] = set()
         self.files: dict[FileKey, SourceFile] = {}
@@ -41,10 +43,16 @@ class Served:
         if number in self.failing:
             raise CheckpointError(Problem("fails", str(file)))
         with self.lock:
-            self.fetched[number] += stop - start
+            for position in range(start, stop):
+                self.fetched[number][position] += 1
         middle = (start + stop) // 2
         take(self.content[number][start:middle])
         take(self.content[number][middle:stop])
+
+    def known(self, number: int) -> Known:
+        place = self.files["source", str(number)].place
+        assert isinstance(place, RemoteFile)
+        return place.known
 
 
 def tensors_of(served: Served, rng: random.Random) -> list[tuple[FileKey, int, int]]:
@@ -99,8 +107,38 @@ def test_every_order_gives_the_bytes_once(
     for key in served.files:
         assert reader.finish(key) in ("", served.files[key].sha256)
     reader.close()
+    assert all(max(fetched) <= 1 for fetched in served.fetched)
+
+
+@pytest.mark.parametrize("hashed", [frozenset[str](), frozenset({"source"})], ids=["", "hashed"])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_what_is_known_is_not_fetched(
+    order: Callable[..., Any], seed: int, hashed: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers, with what came after them, and records between the weights."""
+    rng = random.Random(seed)
+    served = Served([HEADER + rng.randrange(1, 30_000) for _ in range(rng.choice((1, 4)))], monkeypatch)
     for number, raw in enumerate(served.content):
-        assert served.fetched[number] <= len(raw)
+        known = served.known(number)
+        known.add(0, raw[: HEADER + rng.choice((0, 30, 4000, 40_000))])
+        for start in rng.sample(range(0, len(raw), 40), min(5, len(raw) // 40)):
+            if known.gaps(start, start + 7) == [(start, start + 7)]:
+                known.add(start, raw[start : start + 7])
+    tensors = order(tensors_of(served, rng), rng)
+    reader = Prefetch(served.files, 16 * RANGE, RANGE)
+    reader.expect(wanted_of(tensors), hashed)
+    for step, (key, start, stop) in enumerate(tensors):
+        for position in range(start, stop, 333):
+            read(reader, served, key, position, min(position + 333, stop))
+        reader.passed(step)
+    for key, file in served.files.items():
+        assert reader.finish(key) in ("", file.sha256)
+    reader.close()
+    for number, fetched in enumerate(served.fetched):
+        gaps = served.known(number).gaps(0, len(fetched))
+        assert max(fetched) <= 1
+        assert sum(fetched) == sum(sum(fetched[start:stop]) for start, stop in gaps)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import models
 import pytest
 import torch
 import yaml
-from hub import Answer, Hub, command, files_of, git_oid, is_lfs
+from hub import Answer, Hub, command, environment, files_of, git_oid, is_lfs
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -222,16 +223,56 @@ def test_all_files_go_up_in_one_commit_with_a_card_and_the_output_stays_as_it_is
     assert all(asked.token == "" for asked in hub.requests if asked.path.startswith("/put/"))
 
 
-def test_a_download_verifies_but_for_its_card(hub: PushHub, small: Path, tmp_path: Path) -> None:
+def downloaded(hub: PushHub, home: Path, revision: str = "main") -> Path:
+    """The repository in a directory, by the Hub's client."""
+    code = (
+        f"from huggingface_hub import snapshot_download as d; d({REPO!r}, revision={revision!r}, local_dir='download')"
+    )
+    known = environment(home, hub, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="0")
+    subprocess.run([sys.executable, "-c", code], cwd=home, env=known, check=True, timeout=120)
+    return home / "download"
+
+
+def test_a_download_verifies_with_its_card(hub: PushHub, small: Path, tmp_path: Path) -> None:
     assert push(hub, small).returncode == 0
-    for name, raw in hub.head().items():
-        (tmp_path / "download").mkdir(exist_ok=True)
-        (tmp_path / "download" / name).write_bytes(raw)
-    with pytest.raises(surgery.VerifyError, match=r"`README\.md` is not in the manifest") as caught:
-        surgery.verify(tmp_path / "download")
-    assert len(caught.value.problems) == 1
-    (tmp_path / "download" / "README.md").unlink()
-    surgery.verify(tmp_path / "download")
+    there = downloaded(hub, tmp_path)
+    assert (there / ".gitattributes").exists() and not (small / "README.md").exists()
+    run = command(tmp_path, hub, "verify", "download")
+    assert (run.returncode, run.stdout.endswith(": as written; README.md is the card of its push\n")) == (0, True)
+    assert surgery.verify(there).content == read_manifest(small).content
+
+
+def test_a_download_whose_card_replaced_the_one_of_the_source_verifies(hub: PushHub, out: Path, tmp_path: Path) -> None:
+    assert push(hub, out, "--revision", "v2").returncode == 0
+    there = downloaded(hub, tmp_path, "v2")
+    surgery.verify(there)
+    (there / "README.md").write_bytes((out / "README.md").read_bytes())
+    surgery.verify(there)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_card_that_was_edited_is_named(hub: PushHub, out: Path, small: Path, tmp_path: Path, replaces: bool) -> None:
+    assert push(hub, out if replaces else small).returncode == 0
+    there = downloaded(hub, tmp_path)
+    card = (there / "README.md").read_text()
+    for edited in (card + "Mine.\n", card.replace("tags:", "license: mit\ntags:"), "# Mine\n"):
+        (there / "README.md").write_text(edited)
+        with pytest.raises(surgery.VerifyError, match=r"`README\.md`") as caught:
+            surgery.verify(there)
+        assert len(caught.value.problems) == 1
+
+
+def test_the_card_of_another_output_is_named(out: Path, small: Path) -> None:
+    (small / "README.md").write_text(make_card(out, read_manifest(out), REPO))
+    with pytest.raises(surgery.VerifyError, match=r"`README\.md` is not in the manifest"):
+        surgery.verify(small)
+
+
+def test_a_download_is_pushed_again_with_the_same_card(hub: PushHub, out: Path, tmp_path: Path) -> None:
+    assert push(hub, out).returncode == 0
+    there = downloaded(hub, tmp_path)
+    assert make_card(there, read_manifest(there), REPO) == (there / "README.md").read_text()
+    assert make_card(there, read_manifest(there), "me/other") == make_card(out, read_manifest(out), "me/other")
 
 
 def test_the_same_again_makes_no_commit(hub: PushHub, small: Path) -> None:
@@ -262,7 +303,9 @@ def test_the_card_says_what_was_done_from_what(out: Path) -> None:
     assert spec == read_manifest(out).content["spec"]
     assert f"[org/tiny](https://huggingface.co/org/tiny/tree/{COMMIT})" in text
     assert "bnb_4bit_quant_type: nf4" in text
-    assert text.endswith("## README.md of the source\n\n# Tiny\n\nIts own text.\n")
+    body, _, seal = text.rpartition("\n<!-- ")
+    assert body.endswith("## README.md of the source\n\n# Tiny\n\nIts own text.\n")
+    assert re.fullmatch(r"surgery card sha256:[0-9a-f]{64} -->\n", seal)
 
 
 def loaded(code: str, out: Path, model: object) -> Any:

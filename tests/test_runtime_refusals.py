@@ -167,7 +167,7 @@ def test_a_save_replaces_an_adapter_whole_and_nothing_else(tmp_path: Path, monke
     assert directory.stat().st_mode == mode
     runtime.attach(model, directory, "again")
     written = {path.name: path.read_bytes() for path in directory.iterdir()}
-    monkeypatch.setattr("surgery.write.place.Workplace.publish", _disk_full)
+    monkeypatch.setattr("surgery.workplace.Workplace.publish", _disk_full)
     with pytest.raises(OutputError, match=r"cannot be written: .*No space left"):
         runtime.save(model, directory, "again")
     monkeypatch.undo()

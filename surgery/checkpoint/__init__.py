@@ -12,8 +12,8 @@ from surgery.checkpoint.header import Header, read_header
 from surgery.checkpoint.home import Directory, Home, LoneFile, read_json
 from surgery.checkpoint.hub import find
 from surgery.checkpoint.index import ADAPTER_CONFIG, CONFIG, INDEX_NAME, Weights, find_weights
-from surgery.checkpoint.paths import ADAPTER_BESIDE, SideFiles, assorted, contained, side_files
-from surgery.checkpoint.remote import RemoteFile, fetch_bytes
+from surgery.checkpoint.paths import ADAPTER_BESIDE, SideFiles, assorted, contained, modified, open_regular, side_files
+from surgery.checkpoint.remote import RemoteFile, fetch_once, in_parallel
 from surgery.checkpoint.repository import Repository, read_headers
 from surgery.errors import CheckpointError, Problem
 from surgery.types import TensorType
@@ -22,6 +22,8 @@ __all__ = ["ADAPTER_CONFIG", "CONFIG", "Checkpoint", "SourceFile", "TensorEntry"
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_RECORD_BYTES = 65536  # a quantization record is a few hundred bytes of JSON
+SMALL_RECORD_BYTES = 1024
+MOST_RECORDS_AHEAD = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,24 @@ class Checkpoint:
         if entry.stop - entry.start > MAX_RECORD_BYTES:
             raise CheckpointError(Problem(f"`{name}` is {entry.type}: too large for a record", str(entry.file.place)))
         if isinstance(entry.file.place, RemoteFile):
-            return fetch_bytes(entry.file.place, entry.start, entry.stop)
-        with entry.file.place.open("rb") as file:
+            if entry.file.place.known.gaps(entry.start, entry.stop):
+                in_parallel(_fetch, self._records_like(name))
+            return fetch_once(entry.file.place, entry.start, entry.stop)
+        with open_regular(entry.file.place) as file:
             file.seek(entry.start)
             return file.read(entry.stop - entry.start)
+
+    def _records_like(self, name: str) -> list[TensorEntry]:
+        """That record, and small ones of the same kind: they are wanted one after the other, and wait side by side."""
+        kind = name.rpartition(".")[2]
+        others = (entry for other, entry in self.tensors.items() if other != name and other.rpartition(".")[2] == kind)
+        small = [entry for entry in others if entry.stop - entry.start <= SMALL_RECORD_BYTES]
+        return [self.tensors[name], *small[:MOST_RECORDS_AHEAD]]
+
+
+def _fetch(entry: TensorEntry) -> None:
+    if isinstance(entry.file.place, RemoteFile):
+        fetch_once(entry.file.place, entry.start, entry.stop)
 
 
 def open_checkpoint(source: str, *, download: bool = False) -> Checkpoint:
@@ -167,8 +183,9 @@ def _joined(home: Home, identity: str, weights: Weights, files: tuple[SourceFile
 def _source_file(name: str, path: Path, *, is_blob: bool = False) -> SourceFile:
     """A local file; `is_blob` if it is of the Hub client's cache, where blobs are named by their digest."""
     header = read_header(path)
+    mtime_ns = modified(path)
     blob = path.resolve().name if is_blob else ""
-    return SourceFile(name, path, header, path.stat().st_mtime_ns, blob if SHA256.fullmatch(blob) else "")
+    return SourceFile(name, path, header, mtime_ns, blob if SHA256.fullmatch(blob) else "")
 
 
 def _entry(file: SourceFile, name: str) -> TensorEntry:

@@ -33,7 +33,9 @@ MAX_HEADER_BYTES = 100_000_000  # the reference parser's limit
 LENGTH_BYTES = 8
 METADATA_KEY = "__metadata__"  # the one entry of a header that is no tensor
 MAX_TENSORS = 1_000_000  # tensors in one file; the largest models have a few hundred thousand in all
+STRINGS_OF_TENSOR = 5
 MAX_NAME = 500  # characters; the names of models have a tenth of that
+MAX_STRINGS = 2 * 2_000_000  # in the metadata of one file, which has a few dozen
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 64  # as many as torch and numpy know
 
@@ -95,7 +97,8 @@ def _parse(file: BinaryIO, file_bytes: int) -> Header:
     entries = _decode(raw)
     metadata = _metadata(entries.pop(METADATA_KEY, {}))
     data_start = LENGTH_BYTES + length
-    tensors = {name: _extent(name, entry, data_start) for name, entry in entries.items()}
+    types: dict[TensorType, TensorType] = {}  # millions of tensors have few types
+    tensors = {name: _extent(name, entry, data_start, types) for name, entry in entries.items()}
     _check_coverage(tensors, data_start, file_bytes)
     digest = hashlib.sha256(length_field + raw).hexdigest()
     return Header(tensors, metadata, data_start, file_bytes, digest)
@@ -106,6 +109,8 @@ def _decode(raw: bytes) -> dict[str, object]:
         raise _Refused("has a header that does not start with `{`")
     if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b"[") > 2 * MAX_TENSORS:
         raise _Refused(f"has a header of more than {MAX_TENSORS} tensors")
+    if raw.count(b'"') - 2 * raw.count(b'\\"') > 2 * (STRINGS_OF_TENSOR * raw.count(b"{") + MAX_STRINGS):
+        raise _Refused(f"has a header of more than {MAX_STRINGS // 2} keys of `{METADATA_KEY}`")
     try:
         return cast(dict[str, object], json.loads(raw, object_pairs_hook=unrepeated))
     except (ValueError, RecursionError) as error:
@@ -119,7 +124,7 @@ def _metadata(entry: object) -> dict[str, str]:
     return cast(dict[str, str], items)
 
 
-def _extent(name: str, entry: object, data_start: int) -> Extent:
+def _extent(name: str, entry: object, data_start: int, types: dict[TensorType, TensorType]) -> Extent:
     fields = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
     shape = _integers(fields.get("shape"))
     offsets = _integers(fields.get("data_offsets"))
@@ -137,7 +142,7 @@ def _extent(name: str, entry: object, data_start: int) -> Extent:
     begin, end = offsets
     if end - begin != type_.num_bytes:
         raise _Refused(f"lies about `{name}`: {type_} takes {type_.num_bytes} bytes, its offsets span {end - begin}")
-    return Extent(type_, data_start + begin, data_start + end)
+    return Extent(types.setdefault(type_, type_), data_start + begin, data_start + end)
 
 
 def _integers(value: object) -> tuple[int, ...] | None:
@@ -165,13 +170,14 @@ def encode_header(tensors: dict[str, tuple[TensorType, int]], metadata: dict[str
 
     Padded with spaces so that the data starts at a multiple of 8 bytes.
     """
-    entries: dict[str, object] = {METADATA_KEY: metadata} if metadata else {}
+    text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    result = bytearray(LENGTH_BYTES)  # grows in place: the header of millions of tensors is as large as a shard
+    result += f'{{"{METADATA_KEY}":{text(metadata)},'.encode() if metadata else b"{"
     for name, (type_, offset) in tensors.items():
-        entries[name] = {
-            "dtype": type_.dtype.disk_name,
-            "shape": list(type_.shape),
-            "data_offsets": [offset, offset + type_.num_bytes],
-        }
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
+        shape, stop = ",".join(map(str, type_.shape)), offset + type_.num_bytes
+        fields = f'"dtype":"{type_.dtype.disk_name}","shape":[{shape}],"data_offsets":[{offset},{stop}]'
+        result += f"{text(name)}:{{{fields}}},".encode()
+    result = result.removesuffix(b",") + b"}"
+    result += b" " * (-len(result) % 8)
+    result[:LENGTH_BYTES] = (len(result) - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little")
+    return bytes(result)

@@ -56,9 +56,9 @@ class LayerConfig:
     traits: tuple[Trait, ...]
 
     def layer(self, config: Mapping[str, object], index: int) -> dict[str, object]:
-        """What the config says of layer `index`, by key."""
+        """What the config says of layer `index`, by key. Raises ValueError where it does not say that."""
         part = _part(config, self.scope)
-        return {trait.key: trait.read(part, index) for trait in self.traits}
+        return {trait.key: _read(trait, part, index) for trait in self.traits}
 
     def rewritten(self, config: Mapping[str, object], layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
         """`config` for `layers`, each as `layer` gave it. Raises ValueError for what a key cannot say."""
@@ -69,6 +69,14 @@ class LayerConfig:
             value = trait.write(part, [layer[trait.key] for layer in layers])
             part |= {trait.key: value} if trait.key in part else {}
         return _with_part(config, self.scope, part)
+
+
+def _read(trait: Trait, config: Mapping[str, object], index: int) -> object:
+    try:
+        return trait.read(config, index)
+    except (LookupError, TypeError, ValueError):  # whatever stands there instead of what transformers writes
+        said = f"`{trait.key}: {config.get(trait.key)!r:.100}`"
+        raise ValueError(f"config.json says {said}, which does not tell what layer {index} is") from None
 
 
 def layer_config(config: Mapping[str, object], stack: str, num_layers: int | None = None) -> LayerConfig | None:

@@ -20,6 +20,7 @@ __all__ = [
     "contained",
     "decode_json",
     "is_text",
+    "modified",
     "open_regular",
     "read_json",
     "read_small",
@@ -91,6 +92,14 @@ def _roots(home: Path) -> tuple[Path, ...]:
     repository = home.parent.parent
     is_cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
     return (home, repository / "blobs") if is_cached else (home,)
+
+
+def modified(path: Path) -> int:
+    """When the file was last written, in ns. Raises CheckpointError if it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except (OSError, ValueError) as error:
+        raise CheckpointError(Problem(f"cannot be read: {_reason(error)}", str(path))) from None
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
+from surgery.checkpoint.known import Known
 from surgery.errors import CheckpointError, Problem
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "attempts",
     "fetch",
     "fetch_bytes",
+    "fetch_once",
     "hub_problem",
     "in_parallel",
     "pieces",
@@ -72,6 +74,7 @@ class RemoteFile:
     size: int
     sha256: str = ""  # of its bytes; empty for one that lies in git itself, as small files do
     oid: str = ""  # of its blob in git
+    known: Known = field(default_factory=Known, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit}/{self.name}"
@@ -168,6 +171,13 @@ def fetch_bytes(file: RemoteFile, start: int = 0, stop: int | None = None) -> by
         digest.update(content)
         digest.check()
     return content
+
+
+def fetch_once(file: RemoteFile, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of `file`, which are kept with it: nobody fetches them again. For small parts of weights."""
+    for begin, end in file.known.gaps(start, stop):
+        file.known.add(begin, fetch_bytes(file, begin, end))
+    return file.known.get(start, stop)
 
 
 def pieces(file: RemoteFile) -> Iterator[bytes]:

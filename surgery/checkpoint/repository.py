@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from surgery.checkpoint.header import Header, parse_header
 from surgery.checkpoint.home import Directory
 from surgery.checkpoint.paths import check_small, is_text
-from surgery.checkpoint.remote import RemoteFile, attempts, fetch_bytes, hub_problem, in_parallel, pieces
+from surgery.checkpoint.remote import RemoteFile, attempts, fetch_bytes, fetch_once, hub_problem, in_parallel, pieces
 from surgery.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -24,9 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["COMMIT", "Repository", "list_repository", "read_headers"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LENGTH_BYTES = 8  # which a safetensors file starts with
+LARGE_HEADER_BYTES = 1 << 20  # more is read of one file after the other
 UNKNOWN_HEADER_BYTES = 64 << 10  # of a file that no index says anything of
 HEADER_BYTES = 128  # of a header besides its tensors
 ENTRY_BYTES = 64  # of a tensor's entry besides its name and its offsets
+
+
+_large = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +146,10 @@ def read_headers(files: Mapping[str, RemoteFile], weight_map: Mapping[str, str] 
 
 
 def _read_header(file: RemoteFile, tensors: list[str]) -> Header:
-    guess = _guess(file, tensors)
     try:
-        start = fetch_bytes(file, 0, min(guess, file.size))
-        return parse_header(cast(BinaryIO, _Head(file, start)), file.size, str(file))
+        start = fetch_once(file, 0, min(_guess(file, tensors), file.size))
+        with _large if int.from_bytes(start[:LENGTH_BYTES], "little") > LARGE_HEADER_BYTES else nullcontext():
+            return parse_header(cast(BinaryIO, _Head(file)), file.size, str(file))
     except CheckpointError:
         raise
     except Exception as error:  # of the client
@@ -153,22 +160,20 @@ def _guess(file: RemoteFile, tensors: list[str]) -> int:
     if not tensors:
         return UNKNOWN_HEADER_BYTES
     offsets = 2 * len(str(file.size))
-    return HEADER_BYTES + sum(ENTRY_BYTES + offsets + len(json.dumps(name)) for name in tensors)
+    guess = HEADER_BYTES + sum(ENTRY_BYTES + offsets + len(json.dumps(name)) for name in tensors)
+    return min(guess, LARGE_HEADER_BYTES)
 
 
 class _Head:
-    """The start of a file, which is read on where more of it is asked for."""
+    """The start of a file, of which no more is fetched than is asked for."""
 
-    def __init__(self, file: RemoteFile, start: bytes) -> None:
+    def __init__(self, file: RemoteFile) -> None:
         self._file = file
-        self._start = start
         self._position = 0
 
     def read(self, size: int) -> bytes:
         """The next bytes, fewer at the end of the file."""
         stop = min(self._position + size, self._file.size)
-        if stop > len(self._start):
-            self._start += fetch_bytes(self._file, len(self._start), stop)
-        data = self._start[self._position : stop]
+        data = fetch_once(self._file, self._position, stop)
         self._position = stop
         return data

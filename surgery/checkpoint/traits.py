@@ -180,8 +180,12 @@ class Runs(Trait):
 
     def read(self, config: Config, index: int) -> object:
         """The layer's type."""
-        runs = cast("list[tuple[list[object], int]]", config[self.key])
-        return [item for types, times in runs for _ in range(times) for item in types][index]
+        for types, times in cast("list[tuple[list[object], int]]", config[self.key]):
+            length = len(types) * max(times, 0)  # never written out: a file may say that it is 10¹²
+            if index < length:
+                return types[index % len(types)]
+            index -= length
+        raise IndexError(index)
 
     def write(self, config: Config, layers: Sequence[object]) -> object:
         """One run of all of them."""

@@ -7,6 +7,8 @@ from typing import cast
 
 import yaml
 
+from surgery.escapes import escaped
+
 __all__ = ["spec_text"]
 
 
@@ -34,7 +36,7 @@ _Dumper.add_representer(_Quoted, _quoted)  # pyright: ignore[reportUnknownMember
 
 def spec_text(spec: Mapping[str, object], comments: Iterable[str]) -> str:
     """`spec` as YAML, with `comments` above it."""
-    lines = [f"# {comment}\n" for comment in comments]
+    lines = [f"# {escaped(comment)}\n" for comment in comments]
     for key, value in spec.items():
         flow = None if key == "edits" else False  # None: what holds no lists or maps goes on one line
         fields = {key: _with_quotes(value)}

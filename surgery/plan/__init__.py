@@ -23,11 +23,13 @@ from surgery.plan.adapters import (
 )
 from surgery.plan.model import Action, Plan, TensorPlan, sources_of
 from surgery.plan.names import Names, open_models, run_edits
+from surgery.regexes import shared_time
 from surgery.spec import Spec
 
 __all__ = ["Plan", "TensorPlan", "make_plan"]
 
 
+@shared_time()
 def make_plan(spec: Spec, checkpoints: Mapping[str, Checkpoint]) -> Plan:
     """What applying `spec` to the source and the further models would do, from headers alone.
 
@@ -162,13 +164,16 @@ def _tensor_plans(spec: Spec, checkpoint: Checkpoint, names: Names, layout: Layo
     op_names = {edit.index: edit.op.name for edit in spec.edits}
     placed = {item.name: (file.name, item) for file in layout.files for item in file.tensors}
     plans: list[TensorPlan] = []
+    chains: dict[tuple[int, ...], tuple[str, ...]] = {}
+    call, sources = None, ()
     for name, entry in names.entries.items():
         file, item = placed[name]
-        sources = sources_of(item.node)
+        if item.node.call != call or isinstance(item.node.kernel, Source):
+            call, sources = item.node.call, sources_of(item.node)
         own = [source for source in sources if source in checkpoint.tensors]
         origin = name if name in own or not own else own[0]
         action = _action(name, item.node, origin, checkpoint, names)
-        ops = tuple(op_names[index] for index in entry.edits)
+        ops = chains.setdefault(entry.edits, tuple(op_names[index] for index in entry.edits))
         plans.append(TensorPlan(name, item.node, action, file, item.start, item.stop, origin, sources, ops))
     return tuple(plans)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.architecture import architecture_of
 from surgery.cost import Cost
 from surgery.counting import Training, training_of
-from surgery.graph import Node, Source, toposort
+from surgery.graph import Digests, Node, Source, toposort
 from surgery.layout import Layout
 from surgery.op import SOURCE
 from surgery.spec import Spec
@@ -83,6 +83,7 @@ class Plan:
     cost: Cost
     sites: tuple[tuple[str, str, int], ...]  # per edit: op, what it selects, how many it matched
     notes: tuple[str, ...]
+    _digest: list[str] = field(default_factory=list[str], init=False, repr=False, compare=False)  # once asked for
 
     def __str__(self) -> str:
         return text(self)
@@ -95,6 +96,12 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256, hex, over everything that decides the output's bytes; no path is part of it."""
+        if not self._digest:
+            self._digest.append(self._made_digest())
+        return self._digest[0]
+
+    def _made_digest(self) -> str:
+        digests = Digests()
         identities = [[name, model.identity] for name, model in self.checkpoints.items()]
         content = [
             self.spec.seed,
@@ -105,7 +112,7 @@ class Plan:
         ]
         for file in self.layout.files:
             content.append(hashlib.sha256(file.header).hexdigest())
-            content += [f"{item.name} {item.node.digest}" for item in file.tensors]
+            content += [f"{item.name} {digests.of(item.node)}" for item in file.tensors]
         content += [[adapter.name, adapter.config.decode()] for adapter in self.adapters]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -176,5 +183,6 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, object]:
 
 def sources_of(node: Node) -> tuple[str, ...]:
     """The tensors that `node` is computed from, first input first; `model:name` for a further model's."""
-    kernels = [item.kernel for item in toposort([node]) if isinstance(item.kernel, Source)]
+    nodes = toposort([node]) if node.inputs else (node,)
+    kernels = [item.kernel for item in nodes if isinstance(item.kernel, Source)]
     return tuple(kernel.name if kernel.model == SOURCE else f"{kernel.model}:{kernel.name}" for kernel in kernels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.architecture import Architecture, architecture_of
 from surgery.checkpoint.modules import Module, modules_of
-from surgery.errors import OpError, Problem, SurgeryError, problems_of
+from surgery.errors import OpError, Problem, SurgeryError, most, problems_of
 from surgery.graph import Graph, Node, Source
 from surgery.op import SOURCE, Attach, Model, Rewrite, Scene, Site
 from surgery.select import Match, select
@@ -79,7 +79,7 @@ def run_edits(spec: Spec, models: Mapping[str, Model], graph: Graph) -> tuple[Na
         except SurgeryError as error:
             errors.append(error)
     if errors:
-        raise type(errors[0])(*problems_of(errors))
+        raise type(errors[0])(*most(problems_of(errors), spec.document.file))
     return names, matched
 
 
@@ -186,9 +186,11 @@ def _collisions(edit: Edit, rewrites: list[Rewrite], names: Names) -> list[Probl
 def _rewritten(edit: Edit, rewrites: list[Rewrite], names: Names) -> Names:
     taken = {name for rewrite in rewrites for name in rewrite.takes}
     given: dict[str, dict[str, Entry]] = {}  # what comes in the place of each name
+    touched: dict[tuple[int, ...], tuple[int, ...]] = {}
     for rewrite in rewrites:
         before = {index for name in rewrite.takes for index in names.entries[name].edits}
         edits = (*sorted(before), edit.index)
+        edits = touched.setdefault(edits, edits)
         place = rewrite.takes[0] if rewrite.takes else ""
         for name, node in rewrite.gives.items():
             place = name if name in taken else place

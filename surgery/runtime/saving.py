@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.checkpoint import ADAPTER_CONFIG
 from surgery.errors import OutputError, Problem, SurgeryError
 from surgery.runtime.building import Layout
-from surgery.write.place import Workplace
+from surgery.workplace import Workplace
 
 __all__ = ["write_adapter"]
 

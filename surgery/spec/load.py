@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import cast
 
-from surgery.errors import Problem, SpecError
+from surgery.errors import Problem, SpecError, most
 from surgery.op import SOURCE, Op, find_op, op_names, options_of
-from surgery.regexes import flaw
+from surgery.regexes import flaw, shared_time
 from surgery.sizes import parse_size
 from surgery.spec.document import Document, Keys, read_document
 from surgery.spec.model import ALL_LINEAR, Edit, Patterns, Spec
@@ -25,9 +25,9 @@ DEFAULT_SHARD_SIZE = "5GB"
 LARGEST_NUMBER = 1e300
 LARGEST_SEED = 2**64 - 1  # as torch has it
 MOST_EDITS = 1000
-MOST_PROBLEMS = 100  # more of them are read by nobody
 
 
+@shared_time()
 def load_spec(spec: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> Spec:
     """Read and check a spec: a YAML file, the name of a recipe that comes with surgery, or plain data.
 
@@ -79,7 +79,7 @@ class _Loader:
         models = cast("Mapping[str, str]", _map(fields.get("models")))
         self._check_models(models, edits)
         if self.problems:
-            raise SpecError(*_most(self.problems, self.document.file))
+            raise SpecError(*most(self.problems, self.document.file))
         return Spec(
             source=cast(str, fields["source"]),
             models=models,
@@ -206,12 +206,6 @@ class _Loader:
         for name in models if all(edits) else ():
             if name not in used:
                 self._report(f"model `{name}` is used by no edit", ("models", name), "use it in an edit, or remove it")
-
-
-def _most(problems: list[Problem], file: str) -> list[Problem]:
-    """The first of them, and how many there are beyond."""
-    left = len(problems) - MOST_PROBLEMS
-    return [*problems[:MOST_PROBLEMS], Problem(f"and {left} more problems", file)] if left > 0 else problems
 
 
 def _map(value: object) -> Mapping[str, object]:

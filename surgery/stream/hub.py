@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import resource
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from surgery.checkpoint import Checkpoint, SourceFile
-from surgery.checkpoint.remote import RemoteFile, pieces
 from surgery.stream.needs import Name, Step, kept_for_later, wanted_of
-from surgery.stream.prefetch import FileKey, Prefetch
+from surgery.stream.prefetch import Prefetch
+from surgery.stream.ranges import FileKey
 
 __all__ = ["Fetching", "HubReader"]
 
 RANGES = 10  # that the bytes in memory are divided into
+OTHER_FILES = 1 << 19  # bytes that are left free for index, config and manifest
+MOST_SCRATCH_FILES = 2000
+OTHER_OPEN_FILES = 256
 LARGEST_RANGE = 64 << 20
 
 
@@ -58,11 +62,28 @@ class HubReader:
         self._prefetch = Prefetch(files, fetching.prefetch, self._range_bytes)
         self._kept: dict[Name, int] = {}
         self._spills: dict[Name, _Spill] = {}
+        self._read: set[FileKey] = set()
+        self.unchecked: list[SourceFile] = []
 
     def expect(self, steps: Sequence[Step]) -> None:
         """What will be read, in order."""
-        self._kept = kept_for_later(steps, self._checkpoints, self._fetching.scratch)
-        self._prefetch.expect(wanted_of(steps, self._checkpoints, self._range_bytes), self._hashed)
+        self._kept = kept_for_later(steps, self._checkpoints, self._room_for_scratch(steps), self._most_scratch_files())
+        wanted = wanted_of(steps, self._checkpoints, self._range_bytes)
+        self._read = {item.key for item in wanted}
+        self._prefetch.expect(wanted, self._hashed)
+
+    def _room_for_scratch(self, steps: Sequence[Step]) -> int:
+        """Bytes besides what is still to be written, which the disk may not have."""
+        free = shutil.disk_usage(self._fetching.directory).free - sum(step.num_written for step in steps)
+        return max(0, min(self._fetching.scratch, free - OTHER_FILES))
+
+    def _most_scratch_files(self) -> int:
+        """Of those that the process may have open at once, besides the checkpoints' own."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        others = OTHER_OPEN_FILES + sum(len(checkpoint.files) for checkpoint in self._checkpoints.values())
+        if limit == resource.RLIM_INFINITY:
+            return MOST_SCRATCH_FILES
+        return max(0, min(limit - others, MOST_SCRATCH_FILES))
 
     def read_into(self, buffer: memoryview, model: str, name: str, start: int) -> None:
         """Fill `buffer` with the bytes of a tensor from `start` on. Raises CheckpointError."""
@@ -99,16 +120,24 @@ class HubReader:
             self._spills.pop(name).file.close()
 
     def finish(self) -> dict[FileKey, str]:
-        """The sha256, hex, of the files of the models that are hashed: as the Hub lists it, else of the bytes.
+        """The sha256, hex, of the files of the models that are hashed, after fetching what is left of them.
 
         Raises CheckpointError if a file that was read whole is not the one that the Hub lists.
         """
-        found: dict[FileKey, str] = {}
-        for key, file in self._files.items():
-            sha256 = self._prefetch.finish(key)
-            if key[0] in self._hashed:
-                found[key] = file.sha256 or sha256 or _sha256(file)
-        return found
+        found = {key: self._prefetch.finish(key) for key in self._files}
+        unhashed = {key: self._files[key] for key in found if key[0] in self._hashed and not found[key]}
+        if unhashed:
+            found |= self._hashes_of(unhashed)
+        partly = [self._files[key] for key in found if key in self._read and not found[key]]
+        self.unchecked = [file for file in partly if file.sha256]
+        return {key: sha256 for key, sha256 in found.items() if key[0] in self._hashed}
+
+    def _hashes_of(self, files: dict[FileKey, SourceFile]) -> dict[FileKey, str]:
+        """Of files that were not read in their order, and are fetched once more."""
+        self._prefetch.close()
+        self._prefetch = Prefetch(files, self._fetching.prefetch, self._range_bytes)
+        self._prefetch.expect([], self._hashed)
+        return {key: self._prefetch.finish(key) for key in files}
 
     def stop(self) -> None:
         """Let nobody wait any more."""
@@ -120,15 +149,6 @@ class HubReader:
         for spill in self._spills.values():
             spill.file.close()
         self._spills = {}
-
-
-def _sha256(file: SourceFile) -> str:
-    """Of a small file that lies in git itself, and was not read whole."""
-    assert isinstance(file.place, RemoteFile)
-    digest = hashlib.sha256()
-    for piece in pieces(file.place):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _pread(file: BinaryIO, buffer: memoryview, start: int) -> None:

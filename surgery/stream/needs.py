@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.remote import RemoteFile
-from surgery.stream.prefetch import Wanted
+from surgery.stream.ranges import Wanted
 
 __all__ = ["Name", "Step", "kept_for_later", "wanted_of"]
-
-MOST_KEPT = 200  # files of scratch at a time
 
 Name = tuple[str, str]  # the model, and the tensor in it
 
@@ -45,11 +43,13 @@ def wanted_of(steps: Sequence[Step], checkpoints: Mapping[str, Checkpoint], cut:
     return wanted
 
 
-def kept_for_later(steps: Sequence[Step], checkpoints: Mapping[str, Checkpoint], memory: int) -> dict[Name, int]:
+def kept_for_later(
+    steps: Sequence[Step], checkpoints: Mapping[str, Checkpoint], memory: int, most_files: int
+) -> dict[Name, int]:
     """The tensors on the Hub that are written to scratch when they are first read, with the last step that reads them.
 
     Scratch and what is written of the output by then never take more than the output and `memory` bytes; what does
-    not fit is fetched again.
+    not fit, or would be more than `most_files` at a time, is fetched again.
     """
     uses: dict[Name, list[int]] = {}
     for number, step in enumerate(steps):
@@ -66,7 +66,7 @@ def kept_for_later(steps: Sequence[Step], checkpoints: Mapping[str, Checkpoint],
             continue
         num_bytes = checkpoints[name[0]].tensors[name[1]].type.num_bytes
         active = [(last, size) for last, size in active if last >= numbers[0]]
-        if sum(size for _, size in active) + num_bytes <= memory + left[numbers[-1] + 1] and len(active) < MOST_KEPT:
+        if sum(size for _, size in active) + num_bytes <= memory + left[numbers[-1] + 1] and len(active) < most_files:
             kept[name] = numbers[-1]
             active.append((numbers[-1], num_bytes))
     return kept

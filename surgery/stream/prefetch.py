@@ -3,149 +3,45 @@
 What will be read, and in which order, is known from the plan. It is cut into large ranges, a few of which are in
 flight while others wait, within a budget of bytes, to be read from. The order is a guess that makes things fast, no
 more: a range that is asked for before its turn is fetched at once, and a byte that is asked for twice is fetched twice.
+What was read while planning is not fetched again.
 
-Where a file is needed whole, and in its own order but for a little, its ranges cover it from end to end, and are
-hashed one after the other as they come.
+A file whose ranges cover it is hashed, one range after the other as they come.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import threading
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
 
 from surgery.checkpoint import SourceFile
-from surgery.checkpoint.remote import Cancelled, Damaged, Digest, RemoteFile, fetch
+from surgery.checkpoint.remote import Cancelled, Damaged, RemoteFile, fetch
 from surgery.errors import CheckpointError
+from surgery.stream.ranges import FileKey, FileRanges, Piece, Range, Wanted, coalesced, covering, is_all, unknown
+from surgery.stream.whole import WholeFile
 
-__all__ = ["FileKey", "Piece", "Prefetch", "Wanted"]
-
-FileKey = tuple[str, str]  # the model, and the file in it
-State = Literal["waiting", "fetching", "ready", "gone"]
+__all__ = ["Prefetch"]
 
 CONNECTIONS = 8
 MOST_SPARE = 2  # buffers of a range
 JOIN_SECONDS = 0.2  # a thread that waits for a server that says nothing is left behind
-LAST = 1 << 62
-GAP_BYTES = 256 << 10  # that nobody needs, and which cost less than a request
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Bytes [start, stop) of a file that are read in one step of the plan; `order` counts all of them."""
-
-    key: FileKey
-    start: int
-    stop: int
-    order: int
-    step: int
-
-
-@dataclass(slots=True)
-class Piece:
-    """What is wanted of a range; `position` is where the next read is expected."""
-
-    wanted: Wanted
-    position: int
-    is_late: bool = False  # needed after what comes behind it in the file
-
-
-@dataclass(slots=True, eq=False)
-class _Range:
-    """A range of a file, to be fetched in one request."""
-
-    key: FileKey
-    start: int
-    stop: int
-    order: int
-    last_step: int
-    pieces: list[Piece] = field(default_factory=list[Piece])
-    number: int = -1  # of the ranges that cover a whole file
-    state: State = "waiting"
-    is_demanded: bool = False
-    is_read: bool = False  # nothing of it is expected to be read any more
-    is_hashed: bool = True
-    buffer: mmap.mmap | None = None
-    error: BaseException | None = None
-    starts: list[int] = field(default_factory=list[int])  # of the pieces, in order
-    num_left: int = 0  # bytes that are expected to be read and were not yet
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stop - self.start
-
-    def add(self, piece: Piece) -> None:
-        """The next piece in order of the file."""
-        self.pieces.append(piece)
-        self.starts.append(piece.wanted.start)
-        if not piece.is_late:
-            self.num_left += piece.wanted.stop - piece.wanted.start
-            self.last_step = max(self.last_step, piece.wanted.step)
-
-    def read_up_to(self, start: int, stop: int) -> None:
-        """Bytes [start, stop) were read, and what lies before them in their pieces never will be."""
-        index = max(0, bisect_right(self.starts, start) - 1)
-        while index < len(self.pieces) and self.starts[index] < stop:
-            piece = self.pieces[index]
-            position = max(piece.position, min(stop, piece.wanted.stop))
-            self.num_left -= 0 if piece.is_late else position - piece.position
-            piece.position = position
-            index += 1
-
-
-@dataclass(slots=True)
-class _Whole:
-    """A file that is hashed: the ranges that cover it, and how many of them are done."""
-
-    ranges: list[_Range]
-    digest: Digest
-    sha256: hashlib._Hash | None  # pyright: ignore[reportPrivateUsage] # where the Hub lists none
-    num_hashed: int = 0
-    is_busy: bool = False
-
-
-@dataclass(slots=True)
-class _Ranges:
-    """The ranges of one file in order of their start."""
-
-    starts: list[int] = field(default_factory=list[int])
-    ranges: list[_Range] = field(default_factory=list[_Range])
-
-    def add(self, item: _Range) -> None:
-        index = bisect_right(self.starts, item.start)
-        self.starts.insert(index, item.start)
-        self.ranges.insert(index, item)
-
-    def holding(self, position: int) -> _Range | None:
-        """The range, if it can still be had, that `position` lies in."""
-        index = bisect_right(self.starts, position)
-        for item in reversed(self.ranges[:index]):
-            if item.stop > position and item.state != "gone":
-                return item
-            if item.number >= 0:  # these do not overlap
-                return None
-        return None
 
 
 class Prefetch:
     """Fetches ahead. Used by one thread; close it when done."""
 
     def __init__(self, files: dict[FileKey, SourceFile], budget: int, range_bytes: int) -> None:
-        """`budget`: bytes in memory, some of them for what comes out of turn, for what is kept late, and for reuse."""
+        """`budget`: bytes in memory, some of them for what comes out of turn, and for what is kept late."""
         self._files = files
         self._remote = {key: file.place for key, file in files.items() if isinstance(file.place, RemoteFile)}
-        self._budget = budget - (2 + MOST_SPARE) * range_bytes
+        self._budget = budget - 2 * range_bytes
         self._range_bytes = range_bytes
-        self._ranges: dict[FileKey, _Ranges] = {key: _Ranges() for key in self._remote}
-        self._queue: list[_Range] = []
-        self._live: list[_Range] = []
+        self._ranges: dict[FileKey, FileRanges] = {key: FileRanges() for key in self._remote}
+        self._queue: list[Range] = []
+        self._live: list[Range] = []
         self._kept: dict[FileKey, dict[int, tuple[Piece, bytes]]] = {key: {} for key in self._remote}
-        self._wholes: dict[FileKey, _Whole] = {}
-        self._spare: list[mmap.mmap] = []
+        self._wholes: dict[FileKey, WholeFile] = {}
+        self._spare: list[mmap.mmap] = []  # in what the budget leaves
         self._used = 0
         self._stopped = False
         self._failure: BaseException | None = None
@@ -153,67 +49,30 @@ class Prefetch:
         self._threads: list[threading.Thread] = []
 
     def expect(self, wanted: Sequence[Wanted], hashed: frozenset[str]) -> None:
-        """What will be read, in order. Of models in `hashed` the sha256 of each file that is read whole is computed."""
-        by_file: dict[FileKey, list[Wanted]] = {}
+        """What will be read, in order. Of models in `hashed` each file is read whole, if it can be in its order."""
+        by_file: dict[FileKey, list[Wanted]] = {key: [] for key in self._remote}
         for item in wanted:
-            by_file.setdefault(item.key, []).append(item)
+            by_file[item.key].append(item)
         for key, items in by_file.items():
-            covering = self._covering(key, items)
-            for item in covering or self._coalesced(items):
-                self._ranges[key].add(item)
-                self._queue.append(item)
-            if covering:
-                file = self._remote[key]
-                sha256 = hashlib.sha256() if key[0] in hashed and not file.sha256 else None
-                self._wholes[key] = _Whole(covering, Digest(file), sha256)
+            self._plan(key, unknown(items, self._remote[key].known), is_hashed=key[0] in hashed)
         self._queue.sort(key=lambda item: (item.order, item.number))
         for number in range(max(1, min(CONNECTIONS, len(self._queue)))):
             self._threads.append(threading.Thread(target=self._work, name=f"surgery-hub-{number}", daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def _covering(self, key: FileKey, items: list[Wanted]) -> list[_Range]:
-        """Ranges that cover the file from its first byte to its last, in order; none where that does not serve."""
-        header = self._files[key].header
-        pieces = sorted((Piece(item, item.start) for item in items), key=lambda piece: piece.wanted.start)
-        if sum(item.stop - item.start for item in items) != header.file_bytes - header.num_bytes:
-            return []
-        earliest = LAST
-        num_late = 0
-        for piece in reversed(pieces):
-            piece.is_late = piece.wanted.order > earliest
-            earliest = min(earliest, piece.wanted.order)
-            num_late += (piece.wanted.stop - piece.wanted.start) * piece.is_late
-        if num_late > self._range_bytes // len(self._remote):
-            return []
-        ranges: list[_Range] = []
-        for start in range(0, header.file_bytes, self._range_bytes):
-            stop = min(start + self._range_bytes, header.file_bytes)
-            ranges.append(_Range(key, start, stop, LAST, -1, number=len(ranges), is_hashed=False))
-        for piece in pieces:
-            _deal(piece, ranges, self._range_bytes)
-        order = LAST
-        for item in reversed(ranges):
-            order = item.order = min([order, *(piece.wanted.order for piece in item.pieces if not piece.is_late)])
-            item.is_read = not item.num_left
-        return ranges
-
-    def _coalesced(self, items: list[Wanted]) -> list[_Range]:
-        """Ranges in the order of need, of what is near in the file as well."""
-        ranges: list[_Range] = []
-        starts = sorted(item.start for item in items)
-        for item in items:
-            last = ranges[-1] if ranges else None
-            if last and self._is_near(last, item) and bisect_left(starts, last.stop) == bisect_left(starts, item.start):
-                last.stop = item.stop
-            else:
-                last = _Range(item.key, item.start, item.stop, item.order, item.step)
-                ranges.append(last)
-            last.add(Piece(item, item.start))
-        return ranges
-
-    def _is_near(self, last: _Range, item: Wanted) -> bool:
-        return 0 <= item.start - last.stop <= GAP_BYTES and item.stop - last.start <= self._range_bytes
+    def _plan(self, key: FileKey, items: Sequence[Wanted], *, is_hashed: bool) -> None:
+        """The ranges of a file."""
+        file, header = self._remote[key], self._files[key].header
+        cover = None
+        if is_hashed or is_all(items, header, file.known):
+            gaps = file.known.gaps(0, header.file_bytes)
+            cover = covering(key, items, gaps, self._range_bytes, self._range_bytes // len(self._remote))
+        if cover is not None:
+            self._wholes[key] = WholeFile(file, cover, is_hashed=is_hashed)
+        for item in coalesced(items, self._range_bytes) if cover is None else cover:
+            self._ranges[key].add(item)
+            self._queue.append(item)
 
     def read_into(self, buffer: memoryview, key: FileKey, start: int, stop: int) -> None:
         """Fill `buffer` with bytes [start, ...) of the file; `stop` is where what is read in this step ends.
@@ -224,7 +83,7 @@ class Prefetch:
         end = start + len(buffer)
         while position < end:
             part = buffer[position - start :]
-            taken = self._take_kept(part, key, position)
+            taken = self._remote[key].known.read_into(part, position) or self._take_kept(part, key, position)
             if not taken:
                 item = self._obtain(key, position, stop)
                 taken = min(item.stop, end) - position
@@ -245,7 +104,7 @@ class Prefetch:
                 return taken
         return 0
 
-    def _obtain(self, key: FileKey, position: int, stop: int) -> _Range:
+    def _obtain(self, key: FileKey, position: int, stop: int) -> Range:
         """The range that holds `position`, once it is there."""
         with self._changed:
             while True:
@@ -258,7 +117,7 @@ class Prefetch:
                 if item.state == "ready":
                     return item
 
-    def _wait_for(self, item: _Range) -> None:
+    def _wait_for(self, item: Range) -> None:
         """Wait until a range is there. Raises what went wrong."""
         self._changed.wait_for(lambda: item.state in ("ready", "gone") or item.error or self._failure or self._stopped)
         if self._stopped:
@@ -266,16 +125,17 @@ class Prefetch:
         if error := item.error or self._failure:
             raise error
 
-    def _extra(self, key: FileKey, start: int, stop: int) -> _Range:
-        """A range that nobody expected."""
+    def _extra(self, key: FileKey, start: int, stop: int) -> Range:
+        """A range that nobody expected, from `start`, which is not known, to `stop` at most."""
+        start, stop = self._remote[key].known.gaps(start, stop)[0]
         wanted = Wanted(key, start, stop, -1, -1)
-        item = _Range(key, start, stop, -1, -1)
+        item = Range(key, start, stop, -1, -1)
         item.add(Piece(wanted, start))
         self._ranges[key].add(item)
         self._queue.insert(0, item)
         return item
 
-    def _consume(self, item: _Range, start: int, stop: int) -> None:
+    def _consume(self, item: Range, start: int, stop: int) -> None:
         item.read_up_to(start, stop)
         if not item.num_left:
             with self._changed:
@@ -291,7 +151,7 @@ class Prefetch:
                 item.is_read = True
                 self._let_go(item)
 
-    def _let_go(self, item: _Range) -> None:
+    def _let_go(self, item: Range) -> None:
         """Free a range that nobody needs any more, but for what is kept for late. Holds the lock."""
         if item.state != "ready" or not item.is_read or not item.is_hashed:
             return
@@ -301,12 +161,17 @@ class Prefetch:
             if piece.is_late and piece.position < stop:
                 self._kept[item.key][start] = (piece, item.buffer[start - item.start : stop - item.start])
                 self._used += stop - start
+        self._used -= item.num_bytes
         if item.num_bytes == self._range_bytes and len(self._spare) < MOST_SPARE:
             self._spare.append(item.buffer)
+        self._fit_spare()
         item.state, item.buffer = "gone", None
         self._live.remove(item)
-        self._used -= item.num_bytes
         self._changed.notify_all()
+
+    def _fit_spare(self) -> None:
+        while self._spare and self._used + len(self._spare) * self._range_bytes > self._budget:
+            self._spare.pop()
 
     def _release(self, num_bytes: int) -> None:
         with self._changed:
@@ -328,7 +193,11 @@ class Prefetch:
                     raise error
                 if not item.is_hashed:
                     raise Cancelled
-        return whole.sha256.hexdigest() if whole.sha256 else self._remote[key].sha256
+        if not whole.ranges:
+            self._check(whole)
+        if self._failure:
+            raise self._failure
+        return whole.sha256
 
     def stop(self) -> None:
         """Let nobody wait any more."""
@@ -343,9 +212,10 @@ class Prefetch:
             thread.join(JOIN_SECONDS)
 
     def _work(self) -> None:
-        while item := self._next():
+        while taken := self._next():
+            item, spare = taken
             try:
-                buffer = self._buffer(item.num_bytes)
+                buffer = spare or mmap.mmap(-1, item.num_bytes)
                 self._fill(item, buffer)
             except Cancelled:
                 return
@@ -358,11 +228,11 @@ class Prefetch:
                 item.buffer, item.state = buffer, "ready"
                 self._let_go(item)
                 self._changed.notify_all()
-            del buffer
+            del buffer, spare, taken
             self._hash(item.key)
 
-    def _next(self) -> _Range | None:
-        """The next range to fetch, once there is room for it; None at the end."""
+    def _next(self) -> tuple[Range, mmap.mmap | None] | None:
+        """The next range to fetch, once there is room for it, and a buffer if one is spare; None at the end."""
         with self._changed:
             while not self._stopped:
                 item = next((item for item in self._queue if item.is_demanded), None)
@@ -373,18 +243,17 @@ class Prefetch:
                     item.state = "fetching"
                     self._live.append(item)
                     self._used += item.num_bytes
-                    return item
+                    spare = self._take_spare(item.num_bytes)
+                    self._fit_spare()
+                    return item, spare
                 self._changed.wait()
         return None
 
-    def _buffer(self, num_bytes: int) -> mmap.mmap:
+    def _take_spare(self, num_bytes: int) -> mmap.mmap | None:
         """Pages that were written to before come cheaper."""
-        with self._changed:
-            if num_bytes == self._range_bytes and self._spare:
-                return self._spare.pop()
-        return mmap.mmap(-1, num_bytes)
+        return self._spare.pop() if num_bytes == self._range_bytes and self._spare else None
 
-    def _fill(self, item: _Range, buffer: mmap.mmap) -> None:
+    def _fill(self, item: Range, buffer: mmap.mmap) -> None:
         view = memoryview(buffer)
         position = 0
 
@@ -398,46 +267,31 @@ class Prefetch:
     def _hash(self, key: FileKey) -> None:
         """Hash the ranges of a file that are there, in order, if no other thread is at it."""
         whole = self._wholes.get(key)
-        for item in self._unhashed(whole) if whole else ():
-            assert whole and item.buffer is not None
-            whole.digest.update(memoryview(item.buffer))
-            if whole.sha256:
-                whole.sha256.update(memoryview(item.buffer))
-
-    def _unhashed(self, whole: _Whole) -> Iterator[_Range]:
-        """The next ranges to be hashed, each taken for hashed when the next one is asked for."""
-        while True:
-            with self._changed:
-                item = whole.ranges[whole.num_hashed] if whole.num_hashed < len(whole.ranges) else None
-                if whole.is_busy or item is None or item.state != "ready":
-                    return
-                whole.is_busy = True
+        while whole and (item := self._begin_hashing(whole)):
             try:
-                yield item
+                whole.hash(item)
             finally:
-                with self._changed:
-                    whole.is_busy = False
-                    whole.num_hashed += 1
-                    item.is_hashed = True
-                    if whole.num_hashed == len(whole.ranges):
-                        self._check(whole)
-                    self._let_go(item)
-                    self._changed.notify_all()
+                self._end_hashing(whole, item)
 
-    def _check(self, whole: _Whole) -> None:
+    def _begin_hashing(self, whole: WholeFile) -> Range | None:
+        with self._changed:
+            item = whole.next
+            if whole.is_busy or item is None or item.state != "ready":
+                return None
+            whole.is_busy = True
+            return item
+
+    def _end_hashing(self, whole: WholeFile, item: Range) -> None:
+        with self._changed:
+            whole.is_busy = False
+            item.is_hashed = True
+            if not whole.next:
+                self._check(whole)
+            self._let_go(item)
+            self._changed.notify_all()
+
+    def _check(self, whole: WholeFile) -> None:
         try:
-            whole.digest.check()
+            whole.check()
         except CheckpointError as error:  # raised by the next read
             self._failure = self._failure or Damaged(*error.problems)
-
-
-def _deal(piece: Piece, ranges: list[_Range], range_bytes: int) -> None:
-    """Give each range its part of the piece."""
-    wanted = piece.wanted
-    position = wanted.start
-    while position < wanted.stop:
-        item = ranges[position // range_bytes]
-        stop = min(item.stop, wanted.stop)
-        part = Wanted(wanted.key, position, stop, wanted.order, wanted.step)
-        item.add(Piece(part, position, piece.is_late))
-        position = stop

@@ -20,7 +20,7 @@ from surgery.checkpoint.remote import Damaged, RemoteFile
 from surgery.errors import CheckpointError, Problem
 from surgery.stream.hub import Fetching, HubReader
 from surgery.stream.needs import Step
-from surgery.stream.prefetch import FileKey
+from surgery.stream.ranges import FileKey
 
 __all__ = ["BufferPool", "FileKey", "SourceReader"]
 
@@ -80,7 +80,7 @@ class _OpenFile:
 
     def __init__(self, file: SourceFile) -> None:
         self.file = file
-        self.fd = os.open(str(file.place), os.O_RDONLY)
+        self.fd = os.open(str(file.place), os.O_RDONLY | os.O_NONBLOCK)  # a pipe that took its place is not waited for
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the read-ahead, where the cache is cold
 
     def read_into(self, buffer: memoryview, start: int) -> None:
@@ -178,6 +178,11 @@ class SourceReader:
                 what = f"is damaged: its sha256 is {hashes[key]}, the Hub lists {file.file.sha256}"
                 raise Damaged(Problem(what, str(file.file.place), "remove it from the cache, and download it again"))
         return {**hashes, **(self._hub.finish() if self._hub else {})}
+
+    @property
+    def unchecked(self) -> Sequence[SourceFile]:
+        """Once finished: the files that were read in part, and not held against the sha256 that the Hub lists."""
+        return self._hub.unchecked if self._hub else ()
 
     def expect(self, steps: Sequence[Step]) -> None:
         """What will be read, in order, so that what is on the Hub can be fetched ahead."""

@@ -13,9 +13,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from surgery.checkpoint import Checkpoint, SourceFile
+from surgery.cost import Cost
 from surgery.graph import Call, Node, Source, Span, TiledKernel, toposort
 from surgery.layout import OutputFile, Placed
-from surgery.plan import Plan
 from surgery.stream.allocator import give_back_large_blocks
 from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Evaluation
@@ -60,19 +61,29 @@ class _Group:
 
 
 class Stream:
-    """Streams the output of a plan; iterate `chunks` once, then ask `source_hashes`."""
+    """Streams what is computed from checkpoints; iterate `chunks` once, then ask `source_hashes`."""
 
-    def __init__(self, plan: Plan, resources: Resources, hashed: Collection[str], scratch: Path) -> None:
-        """`hashed`: the models whose files are hashed while they are read; `scratch`: where temporary files may lie."""
-        resources = resources.fitted(plan.cost)
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        cost: Cost,
+        resources: Resources,
+        hashed: Collection[str],
+        scratch: Path,
+    ) -> None:
+        """`checkpoints` are those that are read, `hashed` those of them whose files are hashed on the way.
+
+        `scratch`: where temporary files may lie.
+        """
+        resources = resources.fitted(cost)
         give_back_large_blocks(resources.kept_by_a_thread)
         self._resources = resources
-        self._budget = Budget(resources.in_flight(plan.cost))
-        self._window = Budget(resources.window(plan.cost))
+        self._budget = Budget(resources.in_flight(cost))
+        self._window = Budget(resources.window(cost))
         pool = BufferPool(self._budget.total)
-        fetching = Fetching(resources.prefetch(plan.cost), resources.memory, scratch)
-        self._reader = SourceReader({name: plan.checkpoints[name] for name in plan.streamed}, hashed, fetching)
-        reserved = plan.cost.largest_whole + plan.cost.passing(resources.tile)
+        fetching = Fetching(resources.prefetch(cost), resources.memory, scratch)
+        self._reader = SourceReader(checkpoints, hashed, fetching)
+        reserved = cost.largest_whole + cost.passing(resources.tile)
         self._intake = Intake(self._reader, pool, self._budget, reserved)
         self._handover = Handover()
         self._executor = ThreadPoolExecutor(
@@ -114,6 +125,11 @@ class Stream:
     def source_hashes(self) -> Mapping[FileKey, str]:
         """The sha256, hex, of every file of the models that are hashed; reads what no tensor needed."""
         return self._reader.finish()
+
+    @property
+    def unchecked(self) -> Sequence[SourceFile]:
+        """After that: the files that were read in part, and not held against the sha256 that the Hub lists."""
+        return self._reader.unchecked
 
     def close(self) -> None:
         """Close the source files."""

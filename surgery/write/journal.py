@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from surgery.plan import Plan
 __all__ = ["Done", "Journal", "identify", "verified"]
 
 READ_BYTES = 1 << 20
+SUCCESSION = 0.05  # seconds
 _EMPTY = hashlib.sha256().hexdigest()
 
 Records = dict[str, TensorRecord]  # by name
@@ -73,6 +76,8 @@ class Journal:
         self._path = path
         self._run = cast(Run, json.loads(json.dumps(run)))
         self._fd = -1
+        self._lines = bytearray()
+        self._written_at = 0.0
         self.has_entries = False
 
     def read(self) -> Done:
@@ -99,6 +104,7 @@ class Journal:
             self.add_tensors(file, list(records.values()))
         for file, sha256 in done.sha256.items():
             self._add({"file": file, "sha256": sha256})
+        self._write()
         os.fsync(self._fd)
         new.rename(self._path)
 
@@ -111,17 +117,28 @@ class Journal:
     def add_file(self, record: FileRecord) -> None:
         """Note a file that is finished, and on the disk. Its tensors are noted already."""
         self._add({"file": record.name, "sha256": record.sha256})
+        self._write()
         os.fsync(self._fd)
 
     def _add(self, entry: Mapping[str, object]) -> None:
-        line = memoryview(json.dumps(entry).encode() + b"\n")
-        while line:
-            line = line[os.write(self._fd, line) :]
+        """Lines that come in quick succession are written together."""
+        self._lines += json.dumps(entry).encode() + b"\n"
+        if time.monotonic() - self._written_at > SUCCESSION:
+            self._write()
+
+    def _write(self) -> None:
+        lines = memoryview(self._lines)
+        while lines:
+            lines = lines[os.write(self._fd, lines) :]
+        self._lines = bytearray()
+        self._written_at = time.monotonic()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; what cannot be noted on a full disk is made again."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            with suppress(OSError):
+                os.write(fd, self._lines)
             os.close(fd)
 
 
@@ -148,10 +165,11 @@ def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     for package in ("surgery", "torch"):
         if before.get(package) != now[package]:
             return f"the version of {package} differs, it was {before.get(package)} and is {now[package]}"
-    old, new = (cast("Mapping[str, object]", run.get("sources", {})) for run in (before, now))
-    unlike = [name for name in new if name in old and old[name] != new[name]]
-    if unlike:
-        return f"`{unlike[0]}` differs, or was touched since"
+    old, new = (cast("Mapping[str, list[object]]", run.get("sources", {})) for run in (before, now))
+    for name, state in new.items():
+        if name in old and old[name] != state:
+            was, is_now = old[name][0], state[0]
+            return f"`{name}` was {was}, and is {is_now}" if was != is_now else f"`{name}` was written to since"
     return "the spec differs"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -15,12 +16,13 @@ from surgery.layout import OutputFile
 from surgery.manifest import MANIFEST_NAME, Manifest, check_bases, hashed_models, make_manifest
 from surgery.plan import Plan
 from surgery.stream import Resources, Stream
+from surgery.workplace import Workplace
 from surgery.write.journal import Done, Journal, identify, verified
-from surgery.write.place import Workplace
 from surgery.write.weights import WeightWriter
 
 __all__ = ["ProgressReport", "write_output"]
 
+_log = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 
 ProgressReport = Callable[[int, int], None]
@@ -96,11 +98,15 @@ def _fill(
 ) -> Manifest:
     for file in plan.layout.files:
         (workplace.output / file.name).parent.mkdir(parents=True, exist_ok=True)
-    stream = Stream(plan, resources, hashed, workplace.path)
+    checkpoints = {name: plan.checkpoints[name] for name in plan.streamed}
+    stream = Stream(checkpoints, plan.cost, resources, hashed, workplace.path)
     try:
         weights = _write_weights(plan, workplace.output, stream, done, journal, report)
         source_hashes = stream.source_hashes()
         check_bases(plan, source_hashes)
+        if done.tensors and stream.unchecked:
+            files = ", ".join(str(file.place) for file in stream.unchecked)
+            _log.warning("note: read in two runs, and so not held against its sha256 (--hash-sources does): %s", files)
     finally:
         stream.close()
     del stream  # and its buffers: the manifest is the larger, the more tensors there are

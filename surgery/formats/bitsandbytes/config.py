@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -72,9 +73,10 @@ def _skip_modules(modules: Mapping[str, Module], architecture: Architecture, qua
     if architecture.prefix:
         prefix = architecture.prefix + "."
         plain += [path.removeprefix(prefix) for path in plain if path.startswith(prefix)]
-    candidates = dict.fromkeys([*plain, *architecture.heads, *FRESH_HEADS])
-    required = set(plain)
-    return [_unambiguous(path, quantized) for path in candidates if path in required or not _skips(path, quantized)]
+    listed, paths = dict.fromkeys(plain), _Paths(quantized)
+    heads = [path for path in dict.fromkeys([*architecture.heads, *FRESH_HEADS]) if path not in listed]
+    harmless = [path for path in heads if not paths.skips(path) and not ("." in path and _skips(path, quantized))]
+    return [f"^{path}" if paths.skips(path) else path for path in listed] + harmless
 
 
 def _listed(module: Module) -> Iterable[str]:
@@ -88,13 +90,29 @@ def _skips(pattern: str, paths: list[str]) -> bool:
 
     Source: transformers 5.23, `should_convert_module`.
     """
-    if not PLAIN.fullmatch(pattern):
-        what = f"the module path `{pattern}` cannot stand in `llm_int8_skip_modules`, whose entries are regexes"
-        raise OpError(Problem(what, fix="give its tensors plain names with `tensor.rename`"))
     start = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
     return any(path.endswith(pattern) or start.match(path) for path in paths)
 
 
-def _unambiguous(path: str, quantized: list[str]) -> str:
-    """`path`, anchored where its bare form would match a quantized module's tail too."""
-    return f"^{path}" if _skips(path, quantized) else path
+class _Paths:
+    """The same question for many entries that are paths, each asked in the time of a look-up.
+
+    A dot means itself here: anchoring an entry changes nothing about what its dots match.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._sorted = sorted(paths)
+        self._reversed = sorted(path[::-1] for path in self._sorted)
+
+    def skips(self, entry: str) -> bool:
+        """Whether the bare `entry` would match the start or the tail of one of the paths. Raises OpError."""
+        if not PLAIN.fullmatch(entry):
+            what = f"the module path `{entry}` cannot stand in `llm_int8_skip_modules`, whose entries are regexes"
+            raise OpError(Problem(what, fix="give its tensors plain names with `tensor.rename`"))
+        below = entry if entry.endswith(".") else f"{entry}."
+        return _begins(self._reversed, entry[::-1]) or _begins(self._sorted, below)
+
+
+def _begins(ordered: list[str], start: str) -> bool:
+    place = bisect_left(ordered, start)
+    return place < len(ordered) and ordered[place].startswith(start)

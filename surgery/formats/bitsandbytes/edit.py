@@ -40,7 +40,7 @@ def quantized(site: Site, kernel: Quantize4bit) -> Rewrite:
         ports = site.graph.apply(kernel, weight)
     except ValueError as error:
         raise site.refuse(f"cannot be quantized: {error}", _dtype_fix(site, weight)) from None
-    suffixes = kernel.record(weight.type).port_types()
+    suffixes = kernel.suffixes
     return Rewrite((name,), {name + suffix: port for suffix, port in zip(suffixes, ports, strict=True)})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from surgery.formats.bitsandbytes.record import NESTED_BLOCK_SIZE, QuantRecord
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Quantize4bit"]
 
+ANY_WEIGHT = TensorType(DType.BF16, (1, 1))
 SOURCE_DTYPES = (DType.F32, DType.F16, DType.BF16)
+
+
+@lru_cache(1000)  # millions of weights have few types
+def _port_types(record: QuantRecord) -> tuple[TensorType, ...]:
+    return tuple(record.port_types().values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,12 @@ class Quantize4bit(TiledKernel):
             raise ValueError(f"{weight} is not a matrix")
         if weight.dtype not in SOURCE_DTYPES:
             raise ValueError(f"{weight} cannot be quantized: bitsandbytes takes f32, f16 and bf16 only")
-        return tuple(self.record(weight).port_types().values())
+        return _port_types(self.record(weight))
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the ports, after `P.weight`."""
+        return self.record(ANY_WEIGHT).suffixes
 
     def domain(self, *inputs: TensorType) -> int:
         """The elements of the weight."""

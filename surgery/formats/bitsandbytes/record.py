@@ -76,17 +76,19 @@ class QuantRecord:
         """Blocks of the flattened weight; the last may be short."""
         return -(-self.weight.num_elements // self.block_size)
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the stored tensors, after `P.weight`; sorted."""
+        nested = (".nested_absmax", ".nested_quant_map") if self.double_quant else ()
+        return ("", ".absmax", *nested, ".quant_map", f".quant_state.bitsandbytes__{self.quant_type}")
+
     def port_types(self) -> dict[str, TensorType]:
         """The stored tensors by their suffix after `P.weight`, with types; sorted by name."""
         num_blocks = self.num_blocks()
         absmax = DType.U8 if self.double_quant else DType.F32
-        types = {
-            "": TensorType(DType.U8, ((self.weight.num_elements + 1) // 2, 1)),
-            ".absmax": TensorType(absmax, (num_blocks,)),
-        }
+        types = [TensorType(DType.U8, ((self.weight.num_elements + 1) // 2, 1)), TensorType(absmax, (num_blocks,))]
         if self.double_quant:
-            types[".nested_absmax"] = TensorType(DType.F32, (-(-num_blocks // NESTED_BLOCK_SIZE),))
-            types[".nested_quant_map"] = TensorType(DType.F32, (256,))
-        types[".quant_map"] = TensorType(DType.F32, (16,))
-        types[f".quant_state.bitsandbytes__{self.quant_type}"] = TensorType(DType.U8, (self.num_bytes,))
-        return types
+            types.append(TensorType(DType.F32, (-(-num_blocks // NESTED_BLOCK_SIZE),)))
+            types.append(TensorType(DType.F32, (256,)))
+        types += [TensorType(DType.F32, (16,)), TensorType(DType.U8, (self.num_bytes,))]
+        return dict(zip(self.suffixes, types, strict=True))

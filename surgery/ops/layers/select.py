@@ -175,7 +175,8 @@ class Select(Op):
             return [layer for piece in self.slices for layer in _layers_of_slice(piece)]
         listed = list(_listed(self.keep or self.drop or [], num_layers))
         if self.drop is not None:
-            listed = [index for index in range(num_layers) if index not in listed]
+            dropped = set(listed)
+            listed = [index for index in range(num_layers) if index not in dropped]
         if not listed:
             raise OpError(Problem("no layer is left", fix="drop fewer"))
         return [Layer(SOURCE, index) for index in listed]

@@ -60,6 +60,8 @@ class Workplace:
         if os.path.lexists(self.out) and not self._overwrite:
             fix = "name another directory, or give --overwrite to replace it"
             raise OutputError(Problem("exists already", str(self.out), fix))
+        if os.path.lexists(self.out) and not (self.out.is_symlink() or self.out.is_dir() or self.out.is_file()):
+            raise OutputError(Problem("is a device, a pipe or a socket", str(self.out), "name another directory"))
         if os.path.lexists(self.out) and Path.cwd().is_relative_to(self.out.resolve()):
             raise OutputError(Problem("is where you are: it cannot be replaced", str(self.out), "go elsewhere"))
 
@@ -90,6 +92,8 @@ class Workplace:
 
     def keep(self, names: Collection[str]) -> None:
         """Throw away everything in the output but the files of these names."""
+        if self.output.is_symlink():
+            self.output.unlink()
         self.output.mkdir(exist_ok=True)
         for parent, directories, files in os.walk(self.output, topdown=False):
             for name in [*files, *directories]:

@@ -9,8 +9,22 @@ surgery.verify("out")
 
 # A submodule that is imported later would take the place of the function that has its name.
 import surgery.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from surgery import comparison_view as _comparison_view
 from surgery import view as _view
-from surgery.api import apply, import_mergekit, inspect, load, ops, plan, push, resumable, schema, validate, verify
+from surgery.api import (
+    apply,
+    diff,
+    import_mergekit,
+    inspect,
+    load,
+    ops,
+    plan,
+    push,
+    resumable,
+    schema,
+    validate,
+    verify,
+)
 from surgery.errors import (
     CheckpointError,
     ConservationError,
@@ -32,6 +46,7 @@ __all__ = [
     "SurgeryError",
     "VerifyError",
     "apply",
+    "diff",
     "import_mergekit",
     "inspect",
     "load",
@@ -45,3 +60,4 @@ __all__ = [
 ]
 
 _view.register()
+_comparison_view.register()

@@ -23,12 +23,14 @@ from surgery.spec import Spec, load_spec, spec_schema
 from surgery.workplace import Workplace
 
 if TYPE_CHECKING:
+    from surgery.comparison import Comparison
     from surgery.manifest import Manifest
     from surgery.stream import Resources
     from surgery.write import ProgressReport
 
 __all__ = [
     "apply",
+    "diff",
     "import_mergekit",
     "inspect",
     "load",
@@ -226,6 +228,26 @@ def push(out: str | Path, repo: str, *, private: bool = False, revision: str = "
 def inspect(source: str | Path) -> Inspection:
     """What a checkpoint is, from its headers: module tree, types, sizes, what it is quantized with."""
     return inspect_checkpoint(open_checkpoint(str(source)))
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    memory: str | int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    report: ProgressReport | None = None,
+) -> Comparison:
+    """What checkpoint `b` is to checkpoint `a`: tensors added, dropped and changed, and how far apart they are.
+
+    4-bit weights are compared as what a loader makes of them. `memory` and `workers` are as for `apply`; `report` is
+    called with the bytes compared so far and in all. Raises CheckpointError, or OpError for a 4-bit weight that does
+    not hold together.
+    """
+    from surgery.comparison.compare import compare
+
+    first, second = open_checkpoint(str(a)), open_checkpoint(str(b))
+    return compare(first, second, _resources(memory, workers, "cpu"), report or (lambda done, total: None))
 
 
 def import_mergekit(config: str | Path) -> str:

@@ -300,6 +300,23 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
 
 
+@main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--memory", default="2GiB", show_default=True, help="What may be held beyond the imports.")
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Compute threads. [default: cores]")
+@click.option("--json", "as_json", is_flag=True, help="All figures as JSON.")
+@click.option("--exit-code", "by_code", is_flag=True, help="Exit with 1 if they differ.")
+@_reporting
+def diff(a: str, b: str, memory: str, workers: int | None, as_json: bool, by_code: bool) -> None:
+    """Say what checkpoint B adds to A, drops and changes, and by how much."""
+    with _progress() as report:
+        found = surgery.diff(a, b, memory=memory, workers=workers, report=report)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    if by_code and found.differs:
+        sys.exit(1)
+
+
 @main.command(name="import-mergekit")
 @click.argument("config", type=click.Path())
 @_reporting

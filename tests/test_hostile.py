@@ -298,6 +298,9 @@ LONG_INTEGERS = [
     "1" + ":59" * 100_000 + ".5",
 ]
 HOSTILE_TEXTS: dict[str, tuple[str | bytes, str]] = {
+    "an integer of nothing": ("seed: !!int", "is no int"),
+    "a truth that is none": ("seed: !!bool perhaps", "is no bool"),
+    "a key that is no integer": ("? !!int\n: 1", "is no int"),
     "lists that are deep": ("a: " + "[" * 100_000, "nested too deeply"),
     "lists that are deep and end": ("a: " + "[" * 900 + "]" * 900, "nested too deeply"),
     "items that are deep": ("- " * 100_000 + "x", "nested too deeply"),

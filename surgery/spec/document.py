@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -94,9 +93,18 @@ def parse_scalar(text: str) -> object:
         return text
     try:
         value = cast(object, yaml.load(text, _Loader))  # a SafeLoader
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+    except (yaml.YAMLError, LookupError, ValueError, OverflowError, RecursionError):
         return text
     return value if isinstance(value, str | int | float | bool) else text
+
+
+def _constructed(loader: _Loader, node: yaml.Node) -> object:
+    """The value of a scalar. Raises MarkedYAMLError where it is not what its tag says."""
+    try:
+        return cast(object, loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
+    except (LookupError, ValueError, OverflowError):
+        what = f"{cast(str, node.value)[:MAX_NUMBER]!r} is no {node.tag.rpartition(':')[2]}"
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
 
 
 class _Builder:
@@ -156,14 +164,14 @@ class _Builder:
             raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
         if tag != PLAIN_SCALARS[0] and len(text) > MAX_NUMBER:
             raise yaml.MarkedYAMLError(problem=f"a number of {len(text)} characters", problem_mark=node.start_mark)
-        return cast(object, loader.construct_object(node))  # pyright: ignore[reportUnknownMemberType]
+        return _constructed(loader, node)
 
     def _mapping(self, loader: _Loader, node: yaml.MappingNode, keys: Keys) -> dict[str, object]:
         result: dict[str, object] = {}
         for key_node, value_node in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
             line = key_node.start_mark.line + 1
             is_scalar = isinstance(key_node, yaml.ScalarNode)
-            key = cast(Hashable, loader.construct_object(key_node)) if is_scalar else None  # pyright: ignore[reportUnknownMemberType]
+            key = _constructed(loader, key_node) if is_scalar else None
             if not isinstance(key, str):
                 self.problems.append(Problem("a key must be a plain string", f"{self.file}:{line}", "quote it"))
                 continue

@@ -237,10 +237,25 @@ def apply(
     with _progress() as report:
         manifest = surgery.apply(
             made, out, memory=memory, workers=workers, device=device, overwrite=overwrite, resume=resume,
-            hash_sources=hash_sources, report=report,
+            hash_sources=hash_sources, report=_from_where(report),
         )  # fmt: skip
     click.echo(str(manifest))
     click.echo(f"wrote {out}", err=True)
+
+
+def _from_where(report: ProgressReport) -> ProgressReport:
+    """The same, which says first what an earlier run has written, if anything."""
+    is_begun = False
+
+    def reporting(done: int, total: int) -> None:
+        nonlocal is_begun
+        if done and not is_begun:
+            there, in_all = format_decimal(done), format_decimal(total)
+            click.echo(f"going on where a run was stopped: {there} of {in_all} are written", err=True)
+        is_begun = True
+        report(done, total)
+
+    return reporting
 
 
 @contextmanager

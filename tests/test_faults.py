@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,7 +142,9 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
         == f"stopped: what is done is kept beside {run.out}, and the same command with --resume goes on from there\n"
     )
     assert not run.out.exists()
-    surgery.apply(plan_of(source), run.out, resume=True)
+    code, stderr = start("--resume").stop(0)
+    assert code == 0
+    assert re.fullmatch(rf"going on where a run was stopped: .+ of .+ are written\nwrote {run.out}\n", stderr)
     assert bytes_of(run.out) == whole
 
 

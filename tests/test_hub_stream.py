@@ -377,6 +377,49 @@ def test_of_a_donor_only_what_is_needed_is_read(home: Path, hub: Hub, local: Pat
     assert manifest["spec"]["models"]["other"].startswith("sha256:")
 
 
+@pytest.fixture
+def shuffled(home: Path, hub: Hub) -> dict[str, bytes]:
+    """The output of a merge with a donor whose one file has layer 10 before layer 2, as names are sorted."""
+    shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (1024, 1024) for layer in (2, 10)}
+    generator = torch.Generator().manual_seed(3)
+    models = [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(2)]
+    for name, tensors in zip(("source", "sorted"), models, strict=True):
+        (home / name).mkdir()
+        (home / name / "config.json").write_text('{"model_type": "llama"}')
+        parts = [dict([item]) for item in tensors.items()] if name == "source" else [tensors]
+        files = SHARDS if name == "source" else ("model.safetensors",)
+        for file, part in zip(files, parts, strict=True):
+            save_file(part, home / name / file, {"format": "pt"})
+        weight_map = {key: file for file, part in zip(files, parts, strict=True) for key in part}
+        if len(files) > 1:
+            (home / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        hub.more[f"org/{name}"] = {COMMIT: files_of(home / name)}
+    merge = {"op": "merge.linear", "models": {"source": {"weight": 1}, "other": {"weight": 2}}}
+    write_spec(home, [merge], str(home / "source"), other=str(home / "sorted"))
+    found = applied(home, hub)
+    write_spec(home, [merge], "org/source", other="org/sorted")
+    return found
+
+
+@pytest.mark.parametrize("memory", ["64MiB", "256MiB"])
+def test_a_donor_in_another_order_is_sent_once_and_checked(
+    memory: str, home: Path, hub: Hub, shuffled: dict[str, bytes]
+) -> None:
+    forget(hub)
+    run = apply(home, hub, "--overwrite", "--memory", memory)
+    assert (run.returncode, run.stderr) == (0, "wrote out\n")
+    assert output(home / "out") == shuffled
+    assert sent_once(hub) == size_of(home / "source", home / "sorted")
+
+
+def test_a_donor_in_another_order_that_is_damaged_is_named(home: Path, hub: Hub, shuffled: dict[str, bytes]) -> None:
+    for skip in (0, 1, 2):
+        hub.faults = [Fault("corrupt", r"^/cdn/.*org/sorted", 1, 1 + skip)]
+        text = refused(apply(home, hub, "--overwrite", "--memory", "64MiB"))
+        assert "is damaged: its sha256" in text and "org/sorted" in text
+    assert output(home / "out") == shuffled
+
+
 def test_a_tensor_of_two_outputs_is_sent_once(home: Path, hub: Hub, local: Path) -> None:
     twice = {"op": "layers.select", "slices": [{"layers": [0, 2]}, {"layers": [0, 2]}]}
     write_spec(home, [twice])

@@ -4,6 +4,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,27 @@ def test_what_is_known_is_not_fetched(
         gaps = served.known(number).gaps(0, len(fetched))
         assert max(fetched) <= 1
         assert sum(fetched) == sum(sum(fetched[start:stop]) for start, stop in gaps)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("order", [name for name in ORDERS if name != "half-of-them"])
+def test_with_room_for_what_is_late_every_file_is_checked(
+    order: str, seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Read in its own order, and kept on scratch until it is needed: each byte once, and the hash of all of them."""
+    rng = random.Random(seed)
+    served = Served([HEADER + rng.randrange(1, 30_000) for _ in range(rng.choice((1, 4)))], monkeypatch)
+    tensors = ORDERS[order](tensors_of(served, rng), rng)
+    reader = Prefetch(served.files, 16 * RANGE, RANGE, tmp_path)
+    reader.expect(wanted_of(tensors), frozenset(), 200_000)
+    for step, (key, start, stop) in enumerate(tensors):
+        for position in range(start, stop, 333):
+            read(reader, served, key, position, min(position + 333, stop))
+        reader.passed(step)
+    assert [reader.finish(key) for key in served.files] == [file.sha256 for file in served.files.values()]
+    reader.close()
+    assert all(set(fetched) == {1} for fetched in served.fetched)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from surgery.checkpoint import Checkpoint, SourceFile
 from surgery.stream.needs import Name, Step, kept_for_later, wanted_of
 from surgery.stream.prefetch import Prefetch
 from surgery.stream.ranges import FileKey
+from surgery.stream.scratch import ScratchFile
 
 __all__ = ["Fetching", "HubReader"]
 
@@ -38,7 +36,7 @@ class Fetching:
 class _Spill:
     """The first `filled` bytes of a tensor, in a file that has no name."""
 
-    file: BinaryIO
+    file: ScratchFile
     filled: int = 0
 
 
@@ -59,18 +57,26 @@ class HubReader:
         self._fetching = fetching
         num_models = len({model for model, _ in files})
         self._range_bytes = min(fetching.prefetch // max(RANGES, 2 * num_models + 6), LARGEST_RANGE)
-        self._prefetch = Prefetch(files, fetching.prefetch, self._range_bytes)
+        self._prefetch = Prefetch(files, fetching.prefetch, self._range_bytes, fetching.directory)
         self._kept: dict[Name, int] = {}
         self._spills: dict[Name, _Spill] = {}
-        self._read: set[FileKey] = set()
+        self._to_check: set[FileKey] = set()  # files that are needed whole
         self.unchecked: list[SourceFile] = []
 
-    def expect(self, steps: Sequence[Step]) -> None:
-        """What will be read, in order."""
-        self._kept = kept_for_later(steps, self._checkpoints, self._room_for_scratch(steps), self._most_scratch_files())
+    def expect(self, steps: Sequence[Step], needed: Collection[Name]) -> None:
+        """What will be read, in order; `needed` is that and what runs before this one have read."""
+        room = self._room_for_scratch(steps)
+        self._kept = kept_for_later(steps, self._checkpoints, room, self._most_scratch_files())
+        room -= sum(self._checkpoints[model].tensors[name].type.num_bytes for model, name in self._kept)
         wanted = wanted_of(steps, self._checkpoints, self._range_bytes)
-        self._read = {item.key for item in wanted}
-        self._prefetch.expect(wanted, self._hashed)
+        lacking = {
+            (model, entry.file.name)
+            for model, checkpoint in self._checkpoints.items()
+            for name, entry in checkpoint.tensors.items()
+            if (model, name) not in needed
+        }
+        self._to_check = {item.key for item in wanted} - lacking
+        self._prefetch.expect(wanted, self._hashed, max(0, room))
 
     def _room_for_scratch(self, steps: Sequence[Step]) -> int:
         """Bytes besides what is still to be written, which the disk may not have."""
@@ -92,13 +98,13 @@ class HubReader:
             self._fetch(buffer, model, name, start)
             return
         num_spilled = max(0, min(spill.filled - start, len(buffer)))
-        _pread(spill.file, buffer[:num_spilled], start)
+        spill.file.read_into(buffer[:num_spilled], start)
         rest, position = buffer[num_spilled:], start + num_spilled
         if not rest:
             return
         self._fetch(rest, model, name, position)
         if position == spill.filled:
-            _pwrite(spill.file, rest, position)
+            spill.file.write(rest, position)
             spill.filled += len(rest)
 
     def _fetch(self, buffer: memoryview, model: str, name: str, start: int) -> None:
@@ -110,7 +116,7 @@ class HubReader:
         if name not in self._kept:
             return None
         if name not in self._spills:
-            self._spills[name] = _Spill(tempfile.TemporaryFile(dir=self._fetching.directory, buffering=0))  # noqa: SIM115
+            self._spills[name] = _Spill(ScratchFile(self._fetching.directory))
         return self._spills[name]
 
     def passed(self, step: int) -> None:
@@ -128,8 +134,8 @@ class HubReader:
         unhashed = {key: self._files[key] for key in found if key[0] in self._hashed and not found[key]}
         if unhashed:
             found |= self._hashes_of(unhashed)
-        partly = [self._files[key] for key in found if key in self._read and not found[key]]
-        self.unchecked = [file for file in partly if file.sha256]
+        unchecked = [self._files[key] for key in found if key in self._to_check and not found[key]]
+        self.unchecked = [file for file in unchecked if file.sha256]
         return {key: sha256 for key, sha256 in found.items() if key[0] in self._hashed}
 
     def _hashes_of(self, files: dict[FileKey, SourceFile]) -> dict[FileKey, str]:
@@ -149,18 +155,3 @@ class HubReader:
         for spill in self._spills.values():
             spill.file.close()
         self._spills = {}
-
-
-def _pread(file: BinaryIO, buffer: memoryview, start: int) -> None:
-    filled = 0
-    while filled < len(buffer):
-        count = os.preadv(file.fileno(), [buffer[filled:]], start + filled)
-        if not count:
-            raise OSError("scratch is shorter than what was written to it")
-        filled += count
-
-
-def _pwrite(file: BinaryIO, data: memoryview, start: int) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(file.fileno(), data[written:], start + written)

@@ -13,11 +13,25 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from surgery.checkpoint import SourceFile
 from surgery.checkpoint.remote import Cancelled, Damaged, RemoteFile, fetch
 from surgery.errors import CheckpointError
-from surgery.stream.ranges import FileKey, FileRanges, Piece, Range, Wanted, coalesced, covering, is_all, unknown
+from surgery.stream.late import Late
+from surgery.stream.ranges import (
+    FileKey,
+    FileRanges,
+    Piece,
+    Range,
+    Wanted,
+    coalesced,
+    covering,
+    in_order,
+    is_all,
+    unknown,
+)
+from surgery.stream.scratch import ScratchFile
 from surgery.stream.whole import WholeFile
 
 __all__ = ["Prefetch"]
@@ -30,8 +44,13 @@ JOIN_SECONDS = 0.2  # a thread that waits for a server that says nothing is left
 class Prefetch:
     """Fetches ahead. Used by one thread; close it when done."""
 
-    def __init__(self, files: dict[FileKey, SourceFile], budget: int, range_bytes: int) -> None:
-        """`budget`: bytes in memory, some of them for what comes out of turn, and for what is kept late."""
+    def __init__(
+        self, files: dict[FileKey, SourceFile], budget: int, range_bytes: int, directory: Path | None = None
+    ) -> None:
+        """`budget`: bytes in memory, some of them for what comes out of turn, and for what is kept late.
+
+        `directory`: where what is kept late may lie as well.
+        """
         self._files = files
         self._remote = {key: file.place for key, file in files.items() if isinstance(file.place, RemoteFile)}
         self._budget = budget - 2 * range_bytes
@@ -39,7 +58,10 @@ class Prefetch:
         self._ranges: dict[FileKey, FileRanges] = {key: FileRanges() for key in self._remote}
         self._queue: list[Range] = []
         self._live: list[Range] = []
-        self._kept: dict[FileKey, dict[int, tuple[Piece, bytes]]] = {key: {} for key in self._remote}
+        self._late = {key: Late() for key in self._remote}
+        self._directory = directory
+        self._scratch: ScratchFile | None = None
+        self._scratch_base = 0
         self._wholes: dict[FileKey, WholeFile] = {}
         self._spare: list[mmap.mmap] = []  # in what the budget leaves
         self._used = 0
@@ -48,31 +70,46 @@ class Prefetch:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
-    def expect(self, wanted: Sequence[Wanted], hashed: frozenset[str]) -> None:
-        """What will be read, in order. Of models in `hashed` each file is read whole, if it can be in its order."""
+    def expect(self, wanted: Sequence[Wanted], hashed: frozenset[str], room: int = 0) -> None:
+        """What will be read, in order. Of models in `hashed` each file is read whole, if it can be in its order.
+
+        What of a file comes before it is needed may take `room` bytes of scratch.
+        """
         by_file: dict[FileKey, list[Wanted]] = {key: [] for key in self._remote}
         for item in wanted:
             by_file[item.key].append(item)
         for key, items in by_file.items():
-            self._plan(key, unknown(items, self._remote[key].known), is_hashed=key[0] in hashed)
+            room -= self._plan(key, unknown(items, self._remote[key].known), room, is_hashed=key[0] in hashed)
         self._queue.sort(key=lambda item: (item.order, item.number))
         for number in range(max(1, min(CONNECTIONS, len(self._queue)))):
             self._threads.append(threading.Thread(target=self._work, name=f"surgery-hub-{number}", daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def _plan(self, key: FileKey, items: Sequence[Wanted], *, is_hashed: bool) -> None:
-        """The ranges of a file."""
+    def _plan(self, key: FileKey, items: Sequence[Wanted], room: int, *, is_hashed: bool) -> int:
+        """Plan the ranges of a file; how many bytes of scratch they take."""
         file, header = self._remote[key], self._files[key].header
-        cover = None
-        if is_hashed or is_all(items, header, file.known):
-            gaps = file.known.gaps(0, header.file_bytes)
-            cover = covering(key, items, gaps, self._range_bytes, self._range_bytes // len(self._remote))
-        if cover is not None:
+        pieces, num_late = in_order(items)
+        in_memory = self._range_bytes // len(self._remote)
+        is_wanted = is_hashed or is_all(items, header, file.known)
+        if is_wanted and num_late <= max(in_memory, room):
+            cover = covering(key, pieces, file.known.gaps(0, header.file_bytes), self._range_bytes)
             self._wholes[key] = WholeFile(file, cover, is_hashed=is_hashed)
-        for item in coalesced(items, self._range_bytes) if cover is None else cover:
+        else:
+            cover = coalesced(items, self._range_bytes)
+        for item in cover:
             self._ranges[key].add(item)
             self._queue.append(item)
+        if key not in self._wholes or num_late <= in_memory:
+            return 0
+        self._late[key] = Late(self._scratch_file(), self._scratch_base)
+        self._scratch_base += file.size
+        return num_late
+
+    def _scratch_file(self) -> ScratchFile:
+        assert self._directory
+        self._scratch = self._scratch or ScratchFile(self._directory)
+        return self._scratch
 
     def read_into(self, buffer: memoryview, key: FileKey, start: int, stop: int) -> None:
         """Fill `buffer` with bytes [start, ...) of the file; `stop` is where what is read in this step ends.
@@ -83,31 +120,29 @@ class Prefetch:
         end = start + len(buffer)
         while position < end:
             part = buffer[position - start :]
-            taken = self._remote[key].known.read_into(part, position) or self._take_kept(part, key, position)
+            taken = self._remote[key].known.read_into(part, position) or self._take_late(part, key, position)
             if not taken:
                 item = self._obtain(key, position, stop)
+                if item is None:
+                    continue
                 taken = min(item.stop, end) - position
                 assert item.buffer is not None
                 part[:taken] = memoryview(item.buffer)[position - item.start : position - item.start + taken]
                 self._consume(item, position, position + taken)
             position += taken
 
-    def _take_kept(self, buffer: memoryview, key: FileKey, position: int) -> int:
-        for start, (piece, data) in self._kept[key].items():
-            if start <= position < start + len(data):
-                taken = min(len(buffer), start + len(data) - position)
-                buffer[:taken] = data[position - start : position - start + taken]
-                piece.position = max(piece.position, position + taken)
-                if piece.position >= start + len(data):
-                    del self._kept[key][start]
-                    self._release(len(data))
-                return taken
-        return 0
-
-    def _obtain(self, key: FileKey, position: int, stop: int) -> Range:
-        """The range that holds `position`, once it is there."""
+    def _take_late(self, buffer: memoryview, key: FileKey, position: int) -> int:
         with self._changed:
-            while True:
+            taken, freed = self._late[key].read_into(buffer, position)
+            self._used -= freed
+            if freed:
+                self._changed.notify_all()
+        return taken
+
+    def _obtain(self, key: FileKey, position: int, stop: int) -> Range | None:
+        """The range that holds `position`, once it is there; None if it came meanwhile, and is kept as late."""
+        with self._changed:
+            while not self._late[key].holds(position):
                 item = self._ranges[key].holding(position)
                 if item is None:
                     item = self._extra(key, position, min(stop, position + self._range_bytes))
@@ -116,6 +151,7 @@ class Prefetch:
                 self._wait_for(item)
                 if item.state == "ready":
                     return item
+        return None
 
     def _wait_for(self, item: Range) -> None:
         """Wait until a range is there. Raises what went wrong."""
@@ -159,8 +195,10 @@ class Prefetch:
         for piece in item.pieces:
             start, stop = piece.wanted.start, piece.wanted.stop
             if piece.is_late and piece.position < stop:
-                self._kept[item.key][start] = (piece, item.buffer[start - item.start : stop - item.start])
-                self._used += stop - start
+                try:
+                    self._used += self._late[item.key].add(piece, item.buffer[start - item.start : stop - item.start])
+                except OSError as error:  # a disk that is full now; raised by the next read
+                    self._failure = self._failure or error
         self._used -= item.num_bytes
         if item.num_bytes == self._range_bytes and len(self._spare) < MOST_SPARE:
             self._spare.append(item.buffer)
@@ -172,11 +210,6 @@ class Prefetch:
     def _fit_spare(self) -> None:
         while self._spare and self._used + len(self._spare) * self._range_bytes > self._budget:
             self._spare.pop()
-
-    def _release(self, num_bytes: int) -> None:
-        with self._changed:
-            self._used -= num_bytes
-            self._changed.notify_all()
 
     def finish(self, key: FileKey) -> str:
         """The sha256 of a file, or nothing where it was not read whole. Raises CheckpointError if it is damaged."""
@@ -210,6 +243,8 @@ class Prefetch:
         self.stop()
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
+        if self._scratch:
+            self._scratch.close()
 
     def _work(self) -> None:
         while taken := self._next():

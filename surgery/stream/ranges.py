@@ -15,7 +15,18 @@ from typing import Literal
 from surgery.checkpoint.header import Header
 from surgery.checkpoint.known import Known
 
-__all__ = ["FileKey", "FileRanges", "Piece", "Range", "Wanted", "coalesced", "covering", "is_all", "unknown"]
+__all__ = [
+    "FileKey",
+    "FileRanges",
+    "Piece",
+    "Range",
+    "Wanted",
+    "coalesced",
+    "covering",
+    "in_order",
+    "is_all",
+    "unknown",
+]
 
 FileKey = tuple[str, str]  # the model, and the file in it
 State = Literal["waiting", "fetching", "ready", "gone"]
@@ -126,13 +137,14 @@ def is_all(items: Iterable[Wanted], header: Header, known: Known) -> bool:
     return sum(item.stop - item.start for item in items) == sum(stop - start for start, stop in data)
 
 
-def covering(
-    key: FileKey, items: Iterable[Wanted], gaps: Iterable[tuple[int, int]], range_bytes: int, most_late: int
-) -> list[Range] | None:
-    """Ranges that cover all `gaps` of a file, in order; None if more than `most_late` bytes are needed out of order."""
+def in_order(items: Iterable[Wanted]) -> tuple[list[Piece], int]:
+    """`items` in order of the file, and how many bytes of them are needed after what comes behind them in it."""
     pieces = sorted((Piece(item, item.start) for item in items), key=lambda piece: piece.wanted.start)
-    if _mark_late(pieces) > most_late:
-        return None
+    return pieces, _mark_late(pieces)
+
+
+def covering(key: FileKey, pieces: Sequence[Piece], gaps: Iterable[tuple[int, int]], range_bytes: int) -> list[Range]:
+    """Ranges that cover all `gaps` of a file, in order, with `pieces`, as `in_order` gives them."""
     ranges: list[Range] = []
     for begin, end in gaps:
         for start in range(begin, end, range_bytes):

@@ -19,7 +19,7 @@ from surgery.checkpoint import Checkpoint, SourceFile
 from surgery.checkpoint.remote import Damaged, RemoteFile
 from surgery.errors import CheckpointError, Problem
 from surgery.stream.hub import Fetching, HubReader
-from surgery.stream.needs import Step
+from surgery.stream.needs import Name, Step
 from surgery.stream.ranges import FileKey
 
 __all__ = ["BufferPool", "FileKey", "SourceReader"]
@@ -181,13 +181,16 @@ class SourceReader:
 
     @property
     def unchecked(self) -> Sequence[SourceFile]:
-        """Once finished: the files that were read in part, and not held against the sha256 that the Hub lists."""
+        """Once finished: files that are needed whole, and were not held against the sha256 that the Hub lists."""
         return self._hub.unchecked if self._hub else ()
 
-    def expect(self, steps: Sequence[Step]) -> None:
-        """What will be read, in order, so that what is on the Hub can be fetched ahead."""
+    def expect(self, steps: Sequence[Step], needed: Collection[Name]) -> None:
+        """What will be read, in order, so that what is on the Hub can be fetched ahead.
+
+        `needed` is that and what runs before this one have read.
+        """
         if self._hub:
-            self._hub.expect(steps)
+            self._hub.expect(steps, needed)
 
     def passed(self, step: int) -> None:
         """All reads up to this step were made."""

@@ -54,6 +54,10 @@ class _Group:
         """Bytes of its outputs."""
         return sum(placed.stop - placed.start for placed in self.outputs)
 
+    def is_left(self, done: Collection[str]) -> bool:
+        """Whether any of its outputs is not there yet."""
+        return any(placed.name not in done for placed in self.outputs)
+
     @property
     def is_small(self) -> bool:
         """Whether it is evaluated in one go."""
@@ -128,7 +132,7 @@ class Stream:
 
     @property
     def unchecked(self) -> Sequence[SourceFile]:
-        """After that: the files that were read in part, and not held against the sha256 that the Hub lists."""
+        """After that: files that are needed whole, and were not held against the sha256 that the Hub lists."""
         return self._reader.unchecked
 
     def close(self) -> None:
@@ -137,9 +141,10 @@ class Stream:
 
     def _produce(self, files: Sequence[OutputFile], done: Mapping[str, Collection[str]]) -> None:
         try:
-            groups = [group for file in files for group in _groups(file, done.get(file.name, ()))]
-            self._reader.expect([self._step(group) for group in groups])
-            for number, group in enumerate(groups):
+            steps = [(group, self._step(group)) for file in files for group in _groups(file)]
+            left = [(group, step) for group, step in steps if group.is_left(done.get(group.file.name, ()))]
+            self._reader.expect([step for _, step in left], {name for _, step in steps for name in step.tensors})
+            for number, (group, _) in enumerate(left):
                 self._schedule(group)
                 self._reader.passed(number)
             self._handover.put(None)
@@ -216,12 +221,8 @@ class Stream:
             self._handover.put(Item(future, give_back))
 
 
-def _groups(file: OutputFile, done: Collection[str]) -> list[_Group]:
-    return [
-        _Group(file, call, outputs)
-        for call, outputs in file.by_call().items()
-        if any(placed.name not in done for placed in outputs)
-    ]
+def _groups(file: OutputFile) -> list[_Group]:
+    return [_Group(file, call, outputs) for call, outputs in file.by_call().items()]
 
 
 def _tile_chunks(group: _Group, evaluation: Evaluation, span: Span, reading: Reading, partial: object) -> list[Chunk]:

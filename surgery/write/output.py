@@ -23,6 +23,7 @@ from surgery.write.weights import WeightWriter
 __all__ = ["ProgressReport", "write_output"]
 
 _log = logging.getLogger(__name__)
+UNCHECKED = "note: %s was not read in one go, and so not held against its sha256; --hash-sources does"
 INDEX_NAME = "model.safetensors.index.json"
 
 ProgressReport = Callable[[int, int], None]
@@ -104,9 +105,8 @@ def _fill(
         weights = _write_weights(plan, workplace.output, stream, done, journal, report)
         source_hashes = stream.source_hashes()
         check_bases(plan, source_hashes)
-        if done.tensors and stream.unchecked:
-            files = ", ".join(str(file.place) for file in stream.unchecked)
-            _log.warning("note: read in two runs, and so not held against its sha256 (--hash-sources does): %s", files)
+        for file in stream.unchecked:
+            _log.warning(UNCHECKED, file.place)
     finally:
         stream.close()
     del stream  # and its buffers: the manifest is the larger, the more tensors there are
@@ -121,7 +121,8 @@ def _write_weights(
 ) -> list[FileRecord]:
     files = plan.layout.files
     records = {file.name: record for file in files if (record := done.file(file))}
-    todo = [file for file in files if file.name not in records]
+    there = {name: set(tensors) for name, tensors in done.tensors.items()}
+    there |= {file.name: {placed.name for placed in file.tensors} for file in files if file.name in records}
     progress = _Progress(plan, done, report)
 
     def writer_of(file: OutputFile) -> WeightWriter:
@@ -134,7 +135,7 @@ def _write_weights(
 
     writer: WeightWriter | None = None
     try:
-        for chunk in stream.chunks(todo, done.tensors):
+        for chunk in stream.chunks(files, there):
             if writer is None or writer.file is not chunk.file:
                 if writer:
                     finish(writer)
@@ -145,7 +146,7 @@ def _write_weights(
             progress.add(len(chunk.data))
         if writer:
             finish(writer)
-        for file in [file for file in todo if file.name not in records]:  # nothing of them was left to be written
+        for file in [file for file in files if file.name not in records]:  # nothing of them was left to be written
             finish(writer := writer_of(file))
     finally:
         if writer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect as python_inspect
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from surgery.op import SOURCE, find_op, op_names, options_of
 from surgery.plan import Plan, make_plan
 from surgery.sizes import parse_size
 from surgery.spec import Spec, load_spec, spec_schema
-from surgery.workplace import Workplace
+from surgery.workplace import Workplace, temporary_directory
 
 if TYPE_CHECKING:
     from surgery.comparison import Comparison
@@ -194,8 +193,8 @@ def _reproduce(manifest: Manifest, out: Path, given: Mapping[str, str]) -> None:
     places = {name: _place(name, identity, given.get(name), out) for name, identity in identities.items()}
     models = {name: place for name, place in places.items() if name != SOURCE}
     again = plan({**spec, "source": places[SOURCE], **({"models": models} if models else {})})
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.reproduce-", dir=out.resolve().parent) as scratch:
-        made = apply(again, Path(scratch) / "out", hash_sources=has_source_hashes(manifest))
+    with temporary_directory(out.resolve().parent, f".{out.name}.reproduce-") as scratch:
+        made = apply(again, scratch / "out", hash_sources=has_source_hashes(manifest))
         compare_manifests(manifest, made)
 
 

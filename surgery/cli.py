@@ -22,6 +22,7 @@ import surgery
 from surgery.errors import Problem, SurgeryError
 from surgery.escapes import escaped
 from surgery.sizes import format_decimal
+from surgery.workplace import remove_temporaries
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -85,6 +86,7 @@ def _stopped(out: str) -> None:
     if out and surgery.resumable(out):
         kept = f": what is done is kept beside {out}, and the same command with --resume goes on from there"
     click.echo(f"stopped{kept}", err=True)
+    remove_temporaries()
     sys.exit(1)
 
 

@@ -37,12 +37,25 @@ def verify_output(out: Path) -> Manifest:
 
 
 def _files(out: Path) -> Iterator[str]:
-    for parent, directories, files in os.walk(out):
+    for parent, directories, files in os.walk(out, onerror=_unreadable):
         directories[:] = [name for name in directories if not name.startswith(".")]
         yield from (Path(parent, name).relative_to(out).as_posix() for name in files if not name.startswith("."))
 
 
+def _unreadable(error: OSError) -> None:
+    fix = "make it readable, and verify again"
+    raise VerifyError(Problem(f"cannot be read: {error.strerror}", str(error.filename), fix)) from None
+
+
 def _check_file(out: Path, record: FileRecord, manifest: Manifest) -> list[Problem]:
+    try:
+        return _problems_of(out, record, manifest)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+        reason = error.strerror or error if isinstance(error, OSError) else "it is a link to itself"
+        return [Problem(f"`{record.name}` cannot be read: {reason}", str(out), "mend that, and verify again")]
+
+
+def _problems_of(out: Path, record: FileRecord, manifest: Manifest) -> list[Problem]:
     path = out / record.name
     fix = "apply again, or copy the file again"
     if not path.resolve().is_relative_to(out.resolve()):

@@ -8,21 +8,43 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+import tempfile
+from collections.abc import Collection, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import OutputError, Problem, SurgeryError
 from surgery.plan import Plan
 from surgery.sizes import format_decimal
 
-__all__ = ["Workplace"]
+__all__ = ["Workplace", "remove_temporaries", "temporary_directory"]
 
 LOCK_NAME = "lock"
 JOURNAL_NAME = "journal"
 OUTPUT_NAME = "output"
 AT_FDCWD = -100
-RENAME_EXCHANGE = 2  # linux/fs.h
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+
+
+_temporaries: set[Path] = set()
+
+
+@contextmanager
+def temporary_directory(parent: Path, prefix: str) -> Generator[Path]:
+    """A directory that is gone afterwards."""
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    _temporaries.add(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        _temporaries.discard(path)
+
+
+def remove_temporaries() -> None:
+    """Remove all temporary directories: for a process that ends without unwinding."""
+    for path in list(_temporaries):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class Workplace:
@@ -71,7 +93,7 @@ class Workplace:
             raise OutputError(Problem("cannot be written to", str(parent), "name a directory that you may write to"))
         free = shutil.disk_usage(parent).free
         if self.path.exists():
-            free += sum(file.lstat().st_blocks * 512 for file in self.path.rglob("*"))
+            free += _taken(self.path)
         needed = plan.cost.bytes_written + _side_bytes(plan)
         if free < needed:
             have, need = format_decimal(free), format_decimal(needed)
@@ -82,23 +104,33 @@ class Workplace:
         if self.path.is_symlink():
             raise OutputError(Problem("is a link, where the output was to grow", str(self.path), "remove it"))
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock_fd = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock_fd = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (self.path / LOCK_NAME).stat().st_ino != os.fstat(self._lock_fd).st_ino:
+                raise BlockingIOError("the run that held it has ended meanwhile")
         except OSError:
             self.close()
             what = "is being written by another run of surgery"
             raise OutputError(Problem(what, str(self.out), "wait for it, or name another directory")) from None
+        try:
+            self._check_free()  # again: now no other run makes it
+        except OutputError:
+            if not self.journal.exists():
+                self.remove()
+            self.close()
+            raise
 
     def keep(self, names: Collection[str]) -> None:
         """Throw away everything in the output but the files of these names."""
-        if self.output.is_symlink():
+        if os.path.lexists(self.output) and (self.output.is_symlink() or not self.output.is_dir()):
             self.output.unlink()
         self.output.mkdir(exist_ok=True)
         for parent, directories, files in os.walk(self.output, topdown=False):
             for name in [*files, *directories]:
                 path = Path(parent, name)
-                if path.is_symlink() or (name in files and path.relative_to(self.output).as_posix() not in names):
+                is_kept = path.is_file() and path.relative_to(self.output).as_posix() in names
+                if path.is_symlink() or (name in files and not is_kept):
                     path.unlink()
                 elif name in directories:
                     with suppress(OSError):  # of a directory that holds something
@@ -112,10 +144,11 @@ class Workplace:
         """Sync, and let the output appear as OUT by one rename. What OUT was before goes then."""
         for directory, _, _ in os.walk(self.output):
             _sync(Path(directory))
-        if os.path.lexists(self.out):
-            _exchange(self.output, self.out)
+        if self._overwrite and os.path.lexists(self.out):
+            _rename(self.output, self.out, RENAME_EXCHANGE)
         else:
-            self.output.rename(self.out)
+            _rename(self.output, self.out, RENAME_NOREPLACE)
+        self.journal.unlink(missing_ok=True)  # nothing is left to go on with
         _sync(self.out.parent)
         self.remove()
 
@@ -126,6 +159,16 @@ class Workplace:
             os.close(fd)
 
 
+def _taken(directory: Path) -> int:
+    """Bytes on the disk; another run may be at work there."""
+    num_blocks = 0
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            with suppress(FileNotFoundError):
+                num_blocks += Path(parent, name).lstat().st_blocks
+    return num_blocks * 512
+
+
 def _sync(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY)
     try:
@@ -134,15 +177,22 @@ def _sync(directory: Path) -> None:
         os.close(fd)
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two paths in one step; where the system cannot, `old` is absent for a moment."""
+def _rename(new: Path, old: Path, flag: int) -> None:
+    """Swap two paths in one step, or move one to where nothing is. Raises OSError.
+
+    Where the system cannot, `old` is absent for a moment, or looked for just before.
+    """
     libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
     if hasattr(libc, "renameat2"):
-        arguments = (AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
-        if libc.renameat2(*arguments) == 0:
+        if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), flag) == 0:
             return
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    if flag == RENAME_NOREPLACE:
+        if os.path.lexists(old):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(old))
+        new.rename(old)
+        return
     aside = new.with_name(f"{new.name}-replaced")
     old.rename(aside)
     new.rename(old)

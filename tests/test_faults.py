@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -366,11 +367,86 @@ def test_resume_is_refused_for_another_source(failed: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("package", ["surgery", "torch"])
 def test_resume_is_refused_for_another_version(package: str, failed: Path, source: Path) -> None:
     journal = partial(failed) / "journal"
-    first, _, rest = journal.read_text().partition("\n")
-    journal.write_text(json.dumps({**json.loads(first), package: "0.0.1"}) + "\n" + rest)
+    first, _, rest = journal.read_bytes().partition(b"\n")
+    entry = json.dumps({**json.loads(first.partition(b" ")[2]), package: "0.0.1"}).encode()
+    journal.write_bytes(b"%08x %s\n" % (zlib.crc32(entry), entry) + rest)
     with pytest.raises(surgery.OutputError, match=f"the version of {package} differs, it was 0.0.1 and is"):
         surgery.apply(plan_of(source), failed, resume=True)
     assert partial(failed).exists()
+
+
+@pytest.mark.parametrize("place", range(0, 2000, 90))
+def test_a_bit_that_flips_in_the_journal_costs_work_and_no_more(
+    place: int, failed: Path, source: Path, whole: dict[str, bytes]
+) -> None:
+    journal = partial(failed) / "journal"
+    raw = bytearray(journal.read_bytes())
+    raw[place % len(raw)] ^= 1 << place % 8
+    journal.write_bytes(raw)
+    surgery.apply(plan_of(source), failed)
+    assert bytes_of(failed) == whole
+
+
+@pytest.mark.parametrize("kind", ["garbage", "empty", "directory", "pipe", "unreadable", "gone"])
+def test_a_journal_that_cannot_be_read_is_not_taken_for_nothing(
+    kind: str, failed: Path, source: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run has not begun it does not throw away, unless it was told to begin anew."""
+    journal = partial(failed) / "journal"
+    shards = len(list((partial(failed) / "output").iterdir()))
+    raw = journal.read_bytes()
+    journal.unlink()
+    if kind in ("garbage", "empty"):
+        journal.write_bytes(b"garbage\n" if kind == "garbage" else b"")
+    elif kind == "directory":
+        journal.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(journal)
+    elif kind == "unreadable":
+        journal.symlink_to(journal)
+    if kind != "gone":
+        with pytest.raises(surgery.OutputError, match="journal"):
+            surgery.apply(plan_of(source), failed, resume=True)
+        assert len(list((partial(failed) / "output").iterdir())) == shards
+        shutil.rmtree(journal) if kind == "directory" else journal.unlink()
+        journal.write_bytes(raw)
+    surgery.apply(plan_of(source), failed, resume=True)
+    assert bytes_of(failed) == whole
+
+
+def test_pipes_and_links_in_the_way_of_a_run_are_neither_read_nor_followed(
+    failed: Path, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    first, second, third, *_ = sorted(partial(failed).glob("output/*.safetensors"))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for path in (first, second, third):
+        path.unlink()
+    os.mkfifo(first)
+    second.mkdir()
+    third.symlink_to(victim)
+    (partial(failed) / "journal-new").symlink_to(victim)
+    surgery.apply(plan_of(source), failed, resume=True)
+    assert bytes_of(failed) == whole and victim.read_text() == "precious"
+
+
+def test_an_output_that_somebody_else_makes_meanwhile_is_not_replaced(
+    source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+
+    def make(done: int, total: int) -> None:
+        if done == total:
+            out.mkdir(exist_ok=True)
+            (out / "precious").write_text("of others")
+
+    with pytest.raises(surgery.OutputError, match=os.strerror(errno.EEXIST)):
+        surgery.apply(plan_of(source), out, report=make)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    shutil.rmtree(out)
+    seen: list[int] = []
+    surgery.apply(plan_of(source), out, report=lambda done, total: seen.append(done))
+    assert bytes_of(out) == whole and len(seen) == 1, "the work was kept"
 
 
 def test_resume_never_mixes_two_states_of_a_source(tmp_path: Path) -> None:
@@ -389,6 +465,21 @@ def test_resume_never_mixes_two_states_of_a_source(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     else:
         assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
+
+
+def test_weights_that_were_others_for_a_while_are_found_by_their_restored_time(tmp_path: Path) -> None:
+    tensors = weights()
+    source = checkpoint(tmp_path / "source", tensors)
+    before = (source / "model.safetensors").stat()
+    plan = plan_of(source)
+    with pytest.raises(StopIteration):
+        surgery.apply(plan, tmp_path / "out", report=stop_at(50_000))
+    save_file({name: -value for name, value in tensors.items()}, source / "model.safetensors")
+    os.utime(source / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(surgery.CheckpointError, match="has changed since it was planned"):
+        surgery.apply(plan, tmp_path / "out")
+    with pytest.raises(surgery.OutputError, match="the files of `source` are others, or were written to since"):
+        surgery.apply(plan_of(source), tmp_path / "out", resume=True)
 
 
 def test_resume_does_again_what_was_damaged_meanwhile(failed: Path, source: Path, whole: dict[str, bytes]) -> None:

@@ -503,11 +503,25 @@ def test_a_lasting_fault_is_an_error_and_never_wrong_bytes(case: tuple[Fault, st
 
 
 def test_what_was_made_of_damaged_weights_is_not_gone_on_from(home: Path, hub: Hub, expected: dict[str, bytes]) -> None:
-    spec = json.loads((home / "spec.yaml").read_text())
-    (home / "spec.yaml").write_text(json.dumps({**spec, "output": {"shard_size": "1MB"}}))
-    hub.faults = [Fault("corrupt", DATA, 1, 2)]
-    refused(apply(home, hub))
-    assert {path.name for path in home.iterdir()} <= {"spec.yaml", "cache"}
+    for skip in range(2, 7):
+        hub.faults = [Fault("corrupt", DATA, 1, skip)]
+        assert "is damaged" in refused(apply(home, hub, "--overwrite", "--memory", "64MiB"))
+        hub.faults = []
+        assert applied(home, hub, "--overwrite", "--memory", "64MiB") == expected
+
+
+@pytest.mark.parametrize("options", [[], ["--hash-sources"]])
+def test_what_a_run_made_of_damaged_weights_before_it_was_stopped_is_not_gone_on_from(
+    options: list[str], home: Path, hub: Hub, expected: dict[str, bytes]
+) -> None:
+    hub.faults = [
+        Fault("corrupt", rf"^/cdn/.*{SHARDS[0]}", 1, 1),
+        Fault("status", rf"^/cdn/.*{SHARDS[0]}", -1, 9, "503"),
+    ]
+    assert "again and again" in refused(apply(home, hub, *options, "--memory", "64MiB"))
+    assert (home / ".out.surgery-partial").exists()
+    hub.faults = []
+    assert applied(home, hub, "--resume", *options, "--memory", "64MiB") == expected
 
 
 def test_a_run_that_lost_the_hub_goes_on_with_resume(home: Path, hub: Hub, local: Path, tmp_path: Path) -> None:

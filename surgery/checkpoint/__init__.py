@@ -33,7 +33,7 @@ class SourceFile:
     name: str
     place: Path | RemoteFile
     header: Header
-    mtime_ns: int  # 0 on the Hub, where a file of a commit never changes
+    changed_ns: int  # 0 on the Hub, where a file of a commit never changes
     sha256: str = ""  # as the Hub lists it; empty for what is not from there
 
 
@@ -183,9 +183,9 @@ def _joined(home: Home, identity: str, weights: Weights, files: tuple[SourceFile
 def _source_file(name: str, path: Path, *, is_blob: bool = False) -> SourceFile:
     """A local file; `is_blob` if it is of the Hub client's cache, where blobs are named by their digest."""
     header = read_header(path)
-    mtime_ns = modified(path)
+    changed_ns = modified(path)
     blob = path.resolve().name if is_blob else ""
-    return SourceFile(name, path, header, mtime_ns, blob if SHA256.fullmatch(blob) else "")
+    return SourceFile(name, path, header, changed_ns, blob if SHA256.fullmatch(blob) else "")
 
 
 def _entry(file: SourceFile, name: str) -> TensorEntry:

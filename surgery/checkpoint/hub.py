@@ -90,26 +90,26 @@ def _cached(path: Path) -> Location | None:
 
 def _fetched(repo: str, revision: str) -> Location | None:
     """What the client's cache holds of a revision, where the Hub cannot be asked."""
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-
     try:
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
         found = snapshot_download(
             repo, revision=revision or None, ignore_patterns=list(NOT_FETCHED), local_files_only=True
         )
-    except Exception:  # not there, or not all of it
+    except Exception:  # not there, not all of it, or settings that the client does not take
         return None
     path = Path(found)
     return Location(path, f"{repo}@{path.name}") if COMMIT.fullmatch(path.name) else None
 
 
 def _fetch(source: str, patterns: tuple[str, ...] | None) -> Location:
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-    from huggingface_hub.utils import disable_progress_bars
-
     repo_id, _, revision = source.partition("@")
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     try:
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+        from huggingface_hub.utils import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         found = snapshot_download(
             repo_id,
             revision=revision or None,

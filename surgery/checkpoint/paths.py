@@ -95,9 +95,9 @@ def _roots(home: Path) -> tuple[Path, ...]:
 
 
 def modified(path: Path) -> int:
-    """When the file was last written, in ns. Raises CheckpointError if it is gone."""
+    """When the file was last written to, or given another time, in ns. Raises CheckpointError if it is gone."""
     try:
-        return path.stat().st_mtime_ns
+        return path.stat().st_ctime_ns
     except (OSError, ValueError) as error:
         raise CheckpointError(Problem(f"cannot be read: {_reason(error)}", str(path))) from None
 

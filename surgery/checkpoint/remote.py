@@ -45,6 +45,8 @@ ATTEMPTS = 6  # in a row without a byte
 REDIRECTS = 10
 FIRST_WAIT = 0.25  # seconds; twice as long each time
 LONGEST_WAIT = 8.0
+PATIENCE = 30.0  # seconds until a server that sends less than this is given up
+LEAST_RATE = 512  # bytes a second
 LONGEST_RETRY_AFTER = 300.0  # a server that asks for more is not waited for
 PIECE_BYTES = 8 << 20  # of a file that is copied
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -106,6 +108,10 @@ class _Again(Exception):
         self.after = after
 
 
+class _TooSlow(_Again):
+    """Bytes that come one by one: to go on like that would take days."""
+
+
 class _Links:
     """Where the Hub redirected to, by URL."""
 
@@ -154,7 +160,7 @@ def fetch(
             if position < stop:
                 raise _Again(f"the connection ended {stop - position} bytes too early")
         except _Again as again:
-            failed = 1 if position > begun else failed + 1
+            failed = 1 if position > begun and not isinstance(again, _TooSlow) else failed + 1
             if failed >= ATTEMPTS or (again.after or 0) > LONGEST_RETRY_AFTER:
                 raise CheckpointError(_given_up(file, str(again))) from None
             if position == begun or again.after is not None:
@@ -256,6 +262,7 @@ def hub_problem(at: str, error: Exception) -> Problem:
 def _read(file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
     """The body of one answer, as far as it comes. Raises _Again for what may be better next time."""
     left = stop - start
+    begun = time.monotonic()
     try:
         with _opened(file, start, stop) as response:
             for data in response.iter_raw():
@@ -263,6 +270,9 @@ def _read(file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
                 if left < 0:
                     raise CheckpointError(_wrong(file, "sends more bytes than were asked for"))
                 yield data
+                seconds = time.monotonic() - begun
+                if left and seconds > PATIENCE and (stop - start - left) / seconds < LEAST_RATE:
+                    raise _TooSlow(f"it sends less than {LEAST_RATE} bytes a second")
     except (_Again, CheckpointError, Cancelled, GeneratorExit):
         raise
     except Exception as error:  # of the client: httpx's own, and OSErrors
@@ -370,7 +380,7 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks for, the Hub in a header of its own: `"api";r=0;t=55`."""
     said = (headers.get("Retry-After") or "").strip()
-    if said.isdigit():
+    if said.isascii() and said.isdigit():
         return float(said)
     reset = RATE_LIMIT.search(headers.get("RateLimit") or "")
     return float(reset[1]) if reset else None

@@ -17,11 +17,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from surgery.checkpoint.header import Header, parse_header
 from surgery.checkpoint.home import Directory
 from surgery.checkpoint.paths import check_small, is_text
-from surgery.checkpoint.remote import RemoteFile, attempts, fetch_bytes, fetch_once, hub_problem, in_parallel, pieces
+from surgery.checkpoint.remote import (
+    Digest,
+    RemoteFile,
+    attempts,
+    fetch_bytes,
+    fetch_once,
+    hub_problem,
+    in_parallel,
+    pieces,
+)
 from surgery.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile, RepoSibling
+    from huggingface_hub.hf_api import RepoFile, RepoFolder, RepoSibling
 
 __all__ = ["COMMIT", "Repository", "list_repository", "read_headers"]
 
@@ -80,13 +89,27 @@ class Repository:
     def read(self, name: str) -> bytes:
         """All of a small file. Raises CheckpointError."""
         check_small(self.files[name].size, self.at(name))
-        cached = self.cached(name)
+        cached = self._sound(name)
         return Directory(_snapshot(cached, name)).read(name) if cached else fetch_bytes(self.files[name])
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """All of a file, a piece at a time. Raises CheckpointError."""
-        cached = self.cached(name)
+        cached = self._sound(name)
         return Directory(_snapshot(cached, name)).pieces(name) if cached else pieces(self.files[name])
+
+    def _sound(self, name: str) -> Path | None:
+        """Where the cache holds the file as it is listed: what is no weights is small enough to look."""
+        cached = self.cached(name)
+        if cached is None:
+            return None
+        digest = Digest(self.files[name])
+        try:
+            for piece in Directory(_snapshot(cached, name)).pieces(name):
+                digest.update(piece)
+            digest.check()
+        except CheckpointError:
+            return None
+        return cached
 
 
 def list_repository(repo: str, revision: str) -> Repository:
@@ -102,10 +125,20 @@ def list_repository(repo: str, revision: str) -> Repository:
         raise CheckpointError(Problem(what, f"{repo}@{revision}", "pin one: org/name@<commit>"))
     listed: Iterable[RepoSibling | RepoFile] = found.siblings or []
     if any(entry.size is None for entry in listed):  # not every mirror knows `blobs`
-        tree = attempts(lambda: list(api.list_repo_tree(repo, revision=commit, recursive=True)))
+        tree = attempts(lambda: _distinct(api.list_repo_tree(repo, revision=commit, recursive=True)))
         listed = cast("list[RepoFile]", [entry for entry in tree if hasattr(entry, "size")])
     files = [_file(repo, commit, entry) for entry in listed]
     return Repository(repo, commit, {file.name: file for file in files if _is_seen(file.name)})
+
+
+def _distinct(tree: Iterable[RepoFile | RepoFolder]) -> list[RepoFile | RepoFolder]:
+    """All entries of a listing that comes in pages, unless one leads back to another."""
+    found: dict[str, RepoFile | RepoFolder] = {}
+    for entry in tree:
+        if entry.path in found:
+            raise CheckpointError(Problem("is listed twice", entry.path, "ask whoever runs that Hub"))
+        found[entry.path] = entry
+    return list(found.values())
 
 
 def _file(repo: str, commit: str, entry: RepoSibling | RepoFile) -> RemoteFile:

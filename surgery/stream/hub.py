@@ -49,8 +49,12 @@ class HubReader:
         files: dict[FileKey, SourceFile],
         hashed: Collection[str],
         fetching: Fetching,
+        checked: Collection[str],
     ) -> None:
-        """`files` are those on the Hub; `hashed` the models whose files' sha256 will be asked for."""
+        """`files` are those on the Hub; `hashed` the models whose files' sha256 will be asked for.
+
+        `checked`: files that a run before this one has held against what the Hub lists.
+        """
         self._checkpoints = checkpoints
         self._files = files
         self._hashed = frozenset(hashed)
@@ -60,6 +64,8 @@ class HubReader:
         self._prefetch = Prefetch(files, fetching.prefetch, self._range_bytes, fetching.directory)
         self._kept: dict[Name, int] = {}
         self._spills: dict[Name, _Spill] = {}
+        self._checked = {key: file.sha256 for key, file in files.items() if str(file.place) in checked}
+        self._num_told = 0
         self._to_check: set[FileKey] = set()  # files that are needed whole
         self.unchecked: list[SourceFile] = []
 
@@ -130,7 +136,7 @@ class HubReader:
 
         Raises CheckpointError if a file that was read whole is not the one that the Hub lists.
         """
-        found = {key: self._prefetch.finish(key) for key in self._files}
+        found = {key: self._prefetch.finish(key) or self._checked.get(key, "") for key in self._files}
         unhashed = {key: self._files[key] for key in found if key[0] in self._hashed and not found[key]}
         if unhashed:
             found |= self._hashes_of(unhashed)
@@ -144,6 +150,12 @@ class HubReader:
         self._prefetch = Prefetch(files, self._fetching.prefetch, self._range_bytes)
         self._prefetch.expect([], self._hashed)
         return {key: self._prefetch.finish(key) for key in files}
+
+    def newly_checked(self) -> list[str]:
+        """Files that were held against what the Hub lists since this was asked last."""
+        new = self._prefetch.checked[self._num_told :]
+        self._num_told += len(new)
+        return [str(file) for file in new]
 
     def stop(self) -> None:
         """Let nobody wait any more."""

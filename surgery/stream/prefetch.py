@@ -58,6 +58,7 @@ class Prefetch:
         self._ranges: dict[FileKey, FileRanges] = {key: FileRanges() for key in self._remote}
         self._queue: list[Range] = []
         self._live: list[Range] = []
+        self.checked: list[RemoteFile] = []  # files that are what the Hub lists, so far
         self._late = {key: Late() for key in self._remote}
         self._directory = directory
         self._scratch: ScratchFile | None = None
@@ -328,5 +329,6 @@ class Prefetch:
     def _check(self, whole: WholeFile) -> None:
         try:
             whole.check()
+            self.checked.append(whole.file)
         except CheckpointError as error:  # raised by the next read
             self._failure = self._failure or Damaged(*error.problems)

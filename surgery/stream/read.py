@@ -93,7 +93,7 @@ class _OpenFile:
 
     def check_unchanged(self) -> None:
         stat = os.fstat(self.fd)
-        if stat.st_size != self.file.header.file_bytes or stat.st_mtime_ns != self.file.mtime_ns:
+        if stat.st_size != self.file.header.file_bytes or stat.st_ctime_ns != self.file.changed_ns:
             raise self.changed("has changed since it was planned")
 
     def changed(self, what: str) -> CheckpointError:
@@ -135,8 +135,14 @@ class _Hash:
 class SourceReader:
     """Reads extents of the tensors of a plan's checkpoints. Used by one thread; close it when done."""
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], hashed: Collection[str], fetching: Fetching) -> None:
-        """`hashed`: those of the checkpoints whose files are to be hashed."""
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        hashed: Collection[str],
+        fetching: Fetching,
+        checked: Collection[str] = (),
+    ) -> None:
+        """`hashed`: those of the checkpoints whose files are to be hashed; `checked`: files that need not be again."""
         self._checkpoints = checkpoints
         self._files: dict[FileKey, _OpenFile] = {}
         remote: dict[FileKey, SourceFile] = {}
@@ -146,7 +152,7 @@ class SourceReader:
                     remote[model, file.name] = file
                 else:
                     self._files[model, file.name] = _open(file)
-        self._hub = HubReader(checkpoints, remote, hashed, fetching) if remote else None
+        self._hub = HubReader(checkpoints, remote, hashed, fetching, checked) if remote else None
         self._hashes = {key: _Hash(file) for key, file in self._files.items() if key[0] in hashed}
 
     def read_into(self, buffer: Tensor, model: str, name: str, start: int) -> None:
@@ -183,6 +189,10 @@ class SourceReader:
     def unchecked(self) -> Sequence[SourceFile]:
         """Once finished: files that are needed whole, and were not held against the sha256 that the Hub lists."""
         return self._hub.unchecked if self._hub else ()
+
+    def newly_checked(self) -> list[str]:
+        """Files that were held against what the Hub lists since this was asked last."""
+        return self._hub.newly_checked() if self._hub else []
 
     def expect(self, steps: Sequence[Step], needed: Collection[Name]) -> None:
         """What will be read, in order, so that what is on the Hub can be fetched ahead.

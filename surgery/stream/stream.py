@@ -74,10 +74,11 @@ class Stream:
         resources: Resources,
         hashed: Collection[str],
         scratch: Path,
+        checked: Collection[str] = (),
     ) -> None:
         """`checkpoints` are those that are read, `hashed` those of them whose files are hashed on the way.
 
-        `scratch`: where temporary files may lie.
+        `scratch`: where temporary files may lie; `checked`: files on the Hub that a run before this one has hashed.
         """
         resources = resources.fitted(cost)
         give_back_large_blocks(resources.kept_by_a_thread)
@@ -86,7 +87,7 @@ class Stream:
         self._window = Budget(resources.window(cost))
         pool = BufferPool(self._budget.total)
         fetching = Fetching(resources.prefetch(cost), resources.memory, scratch)
-        self._reader = SourceReader(checkpoints, hashed, fetching)
+        self._reader = SourceReader(checkpoints, hashed, fetching, checked)
         reserved = cost.largest_whole + cost.passing(resources.tile)
         self._intake = Intake(self._reader, pool, self._budget, reserved)
         self._handover = Handover()
@@ -129,6 +130,10 @@ class Stream:
     def source_hashes(self) -> Mapping[FileKey, str]:
         """The sha256, hex, of every file of the models that are hashed; reads what no tensor needed."""
         return self._reader.finish()
+
+    def newly_checked(self) -> list[str]:
+        """Files that were held against what the Hub lists since this was asked last."""
+        return self._reader.newly_checked()
 
     @property
     def unchecked(self) -> Sequence[SourceFile]:

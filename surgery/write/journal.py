@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-from surgery.errors import OutputError, Problem
+from surgery.checkpoint.paths import open_regular
+from surgery.errors import CheckpointError, OutputError, Problem
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.layout import OutputFile, Placed
 from surgery.plan import Plan
@@ -41,6 +43,7 @@ class Done:
 
     tensors: dict[str, Records] = field(default_factory=dict[str, Records])
     sha256: dict[str, str] = field(default_factory=dict[str, str])
+    checked: set[str] = field(default_factory=set[str])  # files on the Hub that were what it lists
 
     def file(self, file: OutputFile) -> FileRecord | None:
         """The evidence of a file, if it is finished."""
@@ -61,7 +64,8 @@ def identify(plan: Plan) -> Run:
     sources = {
         name: [
             plan.checkpoints[name].identity,
-            [[file.name, file.header.file_bytes, file.mtime_ns] for file in plan.checkpoints[name].files],
+            [[file.name, file.header.file_bytes, file.changed_ns] for file in plan.checkpoints[name].files],
+            plan.checkpoints[name].config,
         ]
         for name in plan.streamed
     }
@@ -82,15 +86,19 @@ class Journal:
 
     def read(self) -> Done:
         """What an earlier run noted. Raises OutputError, saying what differs, if it was not a run of the same plan."""
-        lines = self._path.read_bytes().split(b"\n")
-        self.has_entries = len(lines) > 2  # whoever's they are
-        before = _decode(lines[0])
+        at = str(self._path.parent)
+        try:
+            with open_regular(self._path) as file:
+                first, *others = file.read().split(b"\n")
+        except (CheckpointError, OSError) as error:
+            reason = str(error) if isinstance(error, OSError) else error.problems[0].what
+            raise OutputError(Problem(f"has a journal that {reason}", at, "remove it to begin anew")) from None
+        before = _decode(first)
         if before != self._run:
             fix = "run without --resume to begin anew, or with what the run to be resumed was begun with"
-            what = f"was begun by another run: {_difference(before, self._run)}"
-            raise OutputError(Problem(what, str(self._path.parent), fix))
+            raise OutputError(Problem(f"was begun by another run: {_difference(before, self._run)}", at, fix))
         done = Done()
-        for line in lines[1:-1]:  # the last is empty, or cut short by a kill
+        for line in others[:-1]:  # the last is empty, or cut short by a kill
             _take(_decode(line), done)
         return done
 
@@ -98,12 +106,14 @@ class Journal:
         """Begin anew with what is done; until that is noted, the journal stays as it was."""
         self.has_entries = bool(done.tensors)
         new = self._path.with_name(f"{self._path.name}-new")
-        self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        new.unlink(missing_ok=True)
+        self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         self._add(self._run)
         for file, records in done.tensors.items():
             self.add_tensors(file, list(records.values()))
         for file, sha256 in done.sha256.items():
             self._add({"file": file, "sha256": sha256})
+        self.add_checked(done.checked)
         self._write()
         os.fsync(self._fd)
         new.rename(self._path)
@@ -120,9 +130,14 @@ class Journal:
         self._write()
         os.fsync(self._fd)
 
+    def add_checked(self, files: Collection[str]) -> None:
+        """Note files on the Hub that were read whole, and are what it lists."""
+        if files:
+            self._add({"checked": sorted(files)})
+
     def _add(self, entry: Mapping[str, object]) -> None:
         """Lines that come in quick succession are written together."""
-        self._lines += json.dumps(entry).encode() + b"\n"
+        self._lines += _encode(entry)
         if time.monotonic() - self._written_at > SUCCESSION:
             self._write()
 
@@ -142,40 +157,47 @@ class Journal:
             os.close(fd)
 
 
+def _encode(entry: Mapping[str, object]) -> bytes:
+    line = json.dumps(entry).encode()
+    return b"%08x %s\n" % (zlib.crc32(line), line)
+
+
 def _decode(line: bytes) -> Mapping[str, object]:
     """Nothing for what is no entry: a disk that lost its power may have left anything."""
-    try:
-        entry: object = json.loads(line)
-    except ValueError:
-        return {}
-    return cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
+    checksum, _, entry = line.partition(b" ")
+    return json.loads(entry) if checksum == b"%08x" % zlib.crc32(entry) else {}
 
 
 def _take(entry: Mapping[str, object], done: Done) -> None:
     if "sha256" in entry:
-        done.sha256[str(entry.get("file"))] = str(entry["sha256"])
+        done.sha256[str(entry["file"])] = str(entry["sha256"])
     elif "tensors" in entry:
         tensors = cast("list[tuple[str, str, float | None, float | None]]", entry["tensors"])
-        done.tensors.setdefault(str(entry.get("file")), {}).update(
-            {tensor[0]: TensorRecord(*tensor) for tensor in tensors}
-        )
+        done.tensors.setdefault(str(entry["file"]), {}).update({tensor[0]: TensorRecord(*tensor) for tensor in tensors})
+    elif "checked" in entry:
+        done.checked.update(cast("list[str]", entry["checked"]))
 
 
 def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    if not before:
+        return "its journal is damaged"
     for package in ("surgery", "torch"):
         if before.get(package) != now[package]:
             return f"the version of {package} differs, it was {before.get(package)} and is {now[package]}"
-    old, new = (cast("Mapping[str, list[object]]", run.get("sources", {})) for run in (before, now))
-    for name, state in new.items():
-        if name in old and old[name] != state:
-            was, is_now = old[name][0], state[0]
-            return f"`{name}` was {was}, and is {is_now}" if was != is_now else f"`{name}` was written to since"
+    old, new = (cast("Mapping[str, list[object]]", run["sources"]) for run in (before, now))
+    for name in [name for name in new if name in old and old[name] != new[name]]:
+        identity, files, _ = old[name]
+        if identity != new[name][0]:
+            return f"`{name}` was {identity}, and is {new[name][0]}"
+        if files != new[name][1]:
+            return f"the files of `{name}` are others, or were written to since"
+        return f"the config of `{name}` differs"
     return "the spec differs"
 
 
 def verified(noted: Done, files: Sequence[OutputFile], directory: Path, workers: int) -> Done:
     """What of it is in `directory` as it was noted: finished files, and of the others whole evaluations."""
-    done = Done()
+    done = Done(checked=noted.checked)
     with ThreadPoolExecutor(workers, "surgery-verify") as executor:
         finished = [file for file in files if noted.file(file)]
         hashes = executor.map(partial(_sha256_of_file, directory), finished)
@@ -214,11 +236,11 @@ def _sha256(path: Path, start: int, stop: int) -> str:
     """Of bytes [start, stop); nothing where they cannot be read."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             file.seek(start)
             while start < stop and (data := file.read(min(READ_BYTES, stop - start))):
                 digest.update(data)
                 start += len(data)
-    except OSError:
+    except (CheckpointError, OSError):
         return ""
     return digest.hexdigest() if start == stop else ""

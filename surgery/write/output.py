@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from surgery.checkpoint import ADAPTER_CONFIG
-from surgery.checkpoint.remote import Damaged
+from surgery.checkpoint.remote import RemoteFile
 from surgery.errors import OutputError, Problem
 from surgery.evidence import FileRecord
+from surgery.graph import Node, Source, toposort
 from surgery.layout import OutputFile
 from surgery.manifest import MANIFEST_NAME, Manifest, check_bases, hashed_models, make_manifest
 from surgery.plan import Plan
@@ -53,14 +54,15 @@ def write_output(
     try:
         workplace.open()
         try:
-            done = _done(plan, workplace, journal, resources.workers, resume=resume)
             hashed = hashed_models(plan, hash_sources=hash_sources)
-            manifest = _fill(plan, workplace, resources, hashed, done, journal, report)
-            workplace.publish()
-        except BaseException as error:
-            if isinstance(error, Damaged) or not journal.has_entries:
-                workplace.remove()
-            raise
+            done = _done(plan, workplace, journal, hashed, resources.workers, resume=resume)
+            try:
+                manifest = _fill(plan, workplace, resources, hashed, done, journal, report)
+                workplace.publish()
+            except BaseException:
+                if not journal.has_entries:
+                    workplace.remove()
+                raise
         finally:
             journal.close()
             workplace.close()
@@ -68,24 +70,58 @@ def write_output(
         if isinstance(error, OutputError):
             raise
         fix = "mend that, and run the same command with --resume"
-        raise OutputError(Problem(f"cannot be written: {error.strerror or error}", str(out), fix)) from error
+        reason = f"{error.strerror or error}{f', at {error.filename}' if error.filename else ''}"
+        raise OutputError(Problem(f"cannot be written: {reason}", str(out), fix)) from error
     return manifest
 
 
-def _done(plan: Plan, workplace: Workplace, journal: Journal, workers: int, *, resume: bool) -> Done:
+def _done(
+    plan: Plan, workplace: Workplace, journal: Journal, hashed: Collection[str], workers: int, *, resume: bool
+) -> Done:
     """What an earlier run of the same plan has written."""
     files = plan.layout.files
     noted = Done()
-    if workplace.journal.exists():
+    if os.path.lexists(workplace.journal):
         try:
             noted = journal.read()
         except OutputError:
             if resume:
                 raise
+    noted = _vouched(noted, plan, hashed)
     workplace.keep([file.name for file in files if file.name in noted.tensors])
     done = verified(noted, files, workplace.output, workers)
     journal.start(done)
     return done
+
+
+def _vouched(noted: Done, plan: Plan, hashed: Collection[str]) -> Done:
+    """What was not made of files on the Hub that are to be held against their hashes, and were not before the kill."""
+    if not noted.tensors:
+        return noted
+    made_of = {placed.name: _sources(placed.node) for file in plan.layout.files for placed in file.tensors}
+    needed = {source for sources in made_of.values() for source in sources}
+    unchecked = {
+        name
+        for model in plan.streamed
+        for file in plan.checkpoints[model].files
+        if isinstance(file.place, RemoteFile) and str(file.place) not in noted.checked
+        for name in [(model, tensor) for tensor in file.header.tensors]
+        if model in hashed or all((model, tensor) in needed for tensor in file.header.tensors)
+    }
+    if not unchecked:
+        return noted
+    kept = Done(checked=noted.checked)
+    for file, records in noted.tensors.items():
+        there = {name: record for name, record in records.items() if not unchecked & made_of.get(name, set())}
+        kept.tensors[file] = there
+        if file in noted.sha256 and len(there) == len(records):
+            kept.sha256[file] = noted.sha256[file]
+    return kept
+
+
+def _sources(node: Node) -> set[tuple[str, str]]:
+    """The tensors that it is made of, with their models."""
+    return {(item.kernel.model, item.kernel.name) for item in toposort([node]) if isinstance(item.kernel, Source)}
 
 
 def _fill(
@@ -100,7 +136,7 @@ def _fill(
     for file in plan.layout.files:
         (workplace.output / file.name).parent.mkdir(parents=True, exist_ok=True)
     checkpoints = {name: plan.checkpoints[name] for name in plan.streamed}
-    stream = Stream(checkpoints, plan.cost, resources, hashed, workplace.path)
+    stream = Stream(checkpoints, plan.cost, resources, hashed, workplace.path, done.checked)
     try:
         weights = _write_weights(plan, workplace.output, stream, done, journal, report)
         source_hashes = stream.source_hashes()
@@ -143,6 +179,7 @@ def _write_weights(
             written = writer.write(chunk)
             if written:
                 journal.add_tensors(chunk.file.name, written)
+                journal.add_checked(stream.newly_checked())
             progress.add(len(chunk.data))
         if writer:
             finish(writer)

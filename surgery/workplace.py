@@ -42,8 +42,10 @@ def temporary_directory(parent: Path, prefix: str) -> Generator[Path]:
 
 
 def remove_temporaries() -> None:
-    """Remove all temporary directories: for a process that ends without unwinding."""
+    """Remove all temporary directories: for a process that ends without unwinding, its threads still at work."""
     for path in list(_temporaries):
+        with suppress(OSError):
+            path = path.rename(path.with_name(f"{path.name}-gone"))  # where nobody makes files any more
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -172,6 +172,21 @@ def test_a_run_stops_at_once_in_the_middle_of_a_long_decomposition(number: int, 
     assert stderr.startswith("stopped: what is done is kept")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_making_that_is_stopped_leaves_nothing(number: int, source: Path, tmp_path: Path) -> None:
+    surgery.apply(plan_of(source), tmp_path / "out")
+    options = ["--reproduce", "--source", str(source)]
+    command = [sys.executable, "-m", "surgery", "verify", str(tmp_path / "out"), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + PATIENCE
+        while not list(tmp_path.glob(".out.reproduce-*/.out.surgery-partial/output/*")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.001)
+        process.send_signal(number)
+        assert process.communicate(timeout=PATIENCE) == ("", "stopped\n")
+    assert left_beside(tmp_path / "out") == []
+
+
 def test_a_killed_run_leaves_the_old_output_as_it_was(start: Callable[..., Run], tmp_path: Path) -> None:
     old = tmp_path / "out"
     old.mkdir()

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import save_file
 
 import surgery
+from surgery.checkpoint import remote, repository
 
 ROOT = Path(__file__).parents[1]
 REPO = "org/tiny"
@@ -187,3 +190,22 @@ def test_a_damaged_download_is_refused(home: Path, hub: Hub) -> None:
     hub.files[NEW]["model.safetensors"] = hub.files[NEW]["model.safetensors"][:-4]
     message = failure(command(home, hub, "plan", "spec.yaml"))
     assert "is truncated" in message and f"{NEW}/model.safetensors" in message
+
+
+def test_a_server_that_sends_byte_by_byte_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def dripping(file: remote.RemoteFile, start: int, stop: int) -> Iterator[Any]:
+        yield SimpleNamespace(iter_raw=lambda: (b"x" for _ in range(start, stop)))
+
+    monkeypatch.setattr(remote, "_opened", dripping)
+    monkeypatch.setattr(remote, "pause", lambda seconds: None)
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    monkeypatch.setattr(remote, "LEAST_RATE", 1 << 60)
+    with pytest.raises(surgery.CheckpointError, match=r"cannot be read from the Hub(.|\n)*bytes a second"):
+        remote.fetch_bytes(remote.RemoteFile("org/x", "c" * 40, "x", 1000))
+
+
+def test_a_listing_that_leads_back_to_itself_is_refused() -> None:
+    entries = [SimpleNamespace(path=name) for name in ("a", "b", "a")]
+    with pytest.raises(surgery.CheckpointError, match="is listed twice"):
+        repository._distinct(iter(entries))  # pyright: ignore[reportPrivateUsage, reportArgumentType]

@@ -288,14 +288,28 @@ def test_a_run_of_the_same_plan_goes_on(resume: bool, failed: Path, source: Path
     assert bytes_of(failed) == whole
 
 
-def test_without_resume_what_another_plan_left_is_thrown_away(failed: Path, source: Path, tmp_path: Path) -> None:
+def test_without_resume_what_another_plan_left_is_thrown_away(
+    failed: Path, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = plan_of(source, {"op": "tensor.cast", "tensors": ".*", "dtype": "bfloat16"})
     seen: list[int] = []
     surgery.apply(other, failed, report=lambda done, total: seen.append(done))
     assert seen[0] == 0
+    assert "begins anew" in caplog.text and "the spec differs" in caplog.text
     surgery.apply(other, tmp_path / "fresh")
     assert bytes_of(failed) == bytes_of(tmp_path / "fresh")
     assert not partial(failed).exists()
+
+
+def test_resume_is_refused_for_another_config(failed: Path, source: Path) -> None:
+    config = source / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(json.dumps({**json.loads(before), "rms_norm_eps": 1e-5}))
+        with pytest.raises(surgery.OutputError, match="the config of `source` differs"):
+            surgery.apply(plan_of(source), failed, resume=True)
+    finally:
+        config.write_text(before)
 
 
 @pytest.fixture

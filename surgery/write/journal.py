@@ -65,7 +65,7 @@ def identify(plan: Plan) -> Run:
         name: [
             plan.checkpoints[name].identity,
             [[file.name, file.header.file_bytes, file.changed_ns] for file in plan.checkpoints[name].files],
-            plan.checkpoints[name].config,
+            hashlib.sha256(json.dumps(plan.checkpoints[name].config).encode()).hexdigest(),
         ]
         for name in plan.streamed
     }
@@ -204,7 +204,7 @@ def verified(noted: Done, files: Sequence[OutputFile], directory: Path, workers:
         for file, sha256 in zip(finished, hashes, strict=True):
             if sha256 == noted.sha256[file.name]:
                 done.sha256[file.name] = sha256
-                done.tensors[file.name] = noted.tensors[file.name]
+                done.tensors[file.name] = noted.tensors.get(file.name, {})
         for file in files:
             records = noted.tensors.get(file.name, {})
             if records and file.name not in done.sha256:

@@ -84,9 +84,10 @@ def _done(
     if os.path.lexists(workplace.journal):
         try:
             noted = journal.read()
-        except OutputError:
+        except OutputError as error:
             if resume:
                 raise
+            _log.warning("note: begins anew: %s %s", error.problems[0].at, error.problems[0].what)
     noted = _vouched(noted, plan, hashed)
     workplace.keep([file.name for file in files if file.name in noted.tensors])
     done = verified(noted, files, workplace.output, workers)

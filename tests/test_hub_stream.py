@@ -521,7 +521,40 @@ def test_what_a_run_made_of_damaged_weights_before_it_was_stopped_is_not_gone_on
     assert "again and again" in refused(apply(home, hub, *options, "--memory", "64MiB"))
     assert (home / ".out.surgery-partial").exists()
     hub.faults = []
-    assert applied(home, hub, "--resume", *options, "--memory", "64MiB") == expected
+    run = apply(home, hub, "--resume", *options, "--memory", "64MiB")
+    if run.returncode:  # some of it was kept, and its hash gone on with
+        assert "is damaged" in run.stderr and not (home / "out").exists()
+        run = apply(home, hub, "--resume", *options, "--memory", "64MiB")
+    assert run.returncode == 0 and output(home / "out") == expected
+
+
+@pytest.mark.parametrize(("skip", "is_damaged"), [(5, False), (8, False), (8, True)])
+def test_a_file_that_was_read_half_goes_on_from_there_and_is_checked_whole(
+    skip: int, is_damaged: bool, home: Path, hub: Hub
+) -> None:
+    """One file of twelve megabytes; what is damaged was read before the stop, and found after it."""
+    generator = torch.Generator().manual_seed(5)
+    names = [f"model.layers.{layer:02}.mlp.up_proj.weight" for layer in range(48)]
+    (home / "one").mkdir()
+    save_file({name: torch.randn(256, 256, generator=generator) for name in names}, home / "one" / "model.safetensors")
+    (home / "one" / "config.json").write_text('{"model_type": "llama"}')
+    hub.more["org/one"] = {COMMIT: files_of(home / "one")}
+    write_spec(home, [NF4], str(home / "one"))
+    expected = applied(home, hub)
+    write_spec(home, [NF4], "org/one")
+    hub.faults = [Fault("status", "^/cdn/.*org/one", -1, skip, "503")]
+    if is_damaged:
+        hub.faults.append(Fault("corrupt", "^/cdn/.*org/one", 5, 1))
+    assert "again and again" in refused(apply(home, hub, "--overwrite", "--memory", "64MiB"))
+    hub.faults = []
+    forget(hub)
+    run = apply(home, hub, "--overwrite", "--resume", "--memory", "64MiB")
+    assert sent_once(hub) < 0.9 * size_of(home / "one"), "what was read before the stop is read again"
+    if is_damaged:
+        assert run.returncode == 1 and "is damaged" in run.stderr
+        run = apply(home, hub, "--overwrite", "--resume", "--memory", "64MiB")
+    assert run.returncode == 0, run.stderr
+    assert output(home / "out") == expected
 
 
 def test_a_run_that_lost_the_hub_goes_on_with_resume(home: Path, hub: Hub, local: Path, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from surgery.checkpoint import SourceFile
+from surgery.checkpoint import SourceFile, midstate
 from surgery.checkpoint.header import Header
 from surgery.checkpoint.known import Known
+from surgery.checkpoint.midstate import Sha256
 from surgery.checkpoint.remote import Damaged, RemoteFile
 from surgery.errors import CheckpointError, Problem
 from surgery.stream import prefetch
@@ -208,3 +209,25 @@ def test_damage_is_found_at_the_end_of_a_file(monkeypatch: pytest.MonkeyPatch) -
             read(reader, served, key, start, stop)
         reader.finish(key)
     reader.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hash_goes_on_where_it_was_put_down(seed: int) -> None:
+    rng = random.Random(seed)
+    raw = rng.randbytes(rng.choice((0, 1, 63, 64, 65, 200, 100_000)))
+    digest = Sha256()
+    for start in range(0, len(raw), step := rng.choice((1, 7, 64, 5000)) if len(raw) < 1000 else 5000):
+        piece = raw[start : start + step]
+        digest.update(rng.choice((bytes, bytearray, lambda data: memoryview(bytearray(data)), memoryview))(piece))
+        assert digest.hexdigest() == hashlib.sha256(raw[: start + step]).hexdigest(), "asking changes nothing"
+        digest = Sha256(digest.state)
+    assert digest.hexdigest() == hashlib.sha256(raw).hexdigest()
+
+
+def test_where_a_hash_cannot_be_put_down_it_is_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(midstate, "_library", lambda: None)
+    digest = Sha256()
+    digest.update(b"abc")
+    assert (digest.state, digest.hexdigest()) == ("", hashlib.sha256(b"abc").hexdigest())
+    with pytest.raises(ValueError, match="no state"):
+        Sha256("00" * 112)

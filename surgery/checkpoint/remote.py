@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar, cast
 from urllib.parse import urljoin, urlsplit
 
 from surgery.checkpoint.known import Known
+from surgery.checkpoint.midstate import Sha256
 from surgery.errors import CheckpointError, Problem
 
 __all__ = [
@@ -202,10 +203,16 @@ def pieces(file: RemoteFile) -> Iterator[bytes]:
 class Digest:
     """The digest of a file as far as it was read, to be held against what the Hub lists: sha256, or that of git."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: RemoteFile, state: str = "") -> None:
+        """`state`: that of the sha256 of what is read already."""
         self._file = file
         self._is_sha256 = bool(file.sha256)
-        self._digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode())
+        self._digest = Sha256(state) if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode())
+
+    @property
+    def state(self) -> str:
+        """That of the sha256; nothing where it cannot be told."""
+        return self._digest.state if isinstance(self._digest, Sha256) else ""
 
     def update(self, data: bytes | memoryview) -> None:
         """The next bytes."""

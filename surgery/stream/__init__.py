@@ -7,7 +7,9 @@ tensor, the shard or the model, and tiles are the same whatever the budget, so t
 """
 
 from surgery.stream.handover import Chunk, TensorHashes
+from surgery.stream.hub import Earlier
 from surgery.stream.resources import Resources
 from surgery.stream.stream import Stream
+from surgery.stream.whole import NOTHING, Begun
 
-__all__ = ["Chunk", "Resources", "Stream", "TensorHashes"]
+__all__ = ["NOTHING", "Begun", "Chunk", "Earlier", "Resources", "Stream", "TensorHashes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.checkpoint import Checkpoint, SourceFile
@@ -13,8 +13,9 @@ from surgery.stream.needs import Name, Step, kept_for_later, wanted_of
 from surgery.stream.prefetch import Prefetch
 from surgery.stream.ranges import FileKey
 from surgery.stream.scratch import ScratchFile
+from surgery.stream.whole import Begun
 
-__all__ = ["Fetching", "HubReader"]
+__all__ = ["Earlier", "Fetching", "HubReader"]
 
 RANGES = 10  # that the bytes in memory are divided into
 OTHER_FILES = 1 << 19  # bytes that are left free for index, config and manifest
@@ -30,6 +31,14 @@ class Fetching:
     prefetch: int
     scratch: int
     directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What runs before this one have seen of files on the Hub: those that are what it lists, and how far others are."""
+
+    checked: Collection[str] = ()
+    begun: Mapping[str, Begun] = field(default_factory=dict[str, Begun])
 
 
 @dataclass(slots=True)
@@ -49,11 +58,11 @@ class HubReader:
         files: dict[FileKey, SourceFile],
         hashed: Collection[str],
         fetching: Fetching,
-        checked: Collection[str],
+        earlier: Earlier,
     ) -> None:
         """`files` are those on the Hub; `hashed` the models whose files' sha256 will be asked for.
 
-        `checked`: files that a run before this one has held against what the Hub lists.
+        `earlier`: what runs before this one have seen of them.
         """
         self._checkpoints = checkpoints
         self._files = files
@@ -64,7 +73,8 @@ class HubReader:
         self._prefetch = Prefetch(files, fetching.prefetch, self._range_bytes, fetching.directory)
         self._kept: dict[Name, int] = {}
         self._spills: dict[Name, _Spill] = {}
-        self._checked = {key: file.sha256 for key, file in files.items() if str(file.place) in checked}
+        self._checked = {key: file.sha256 for key, file in files.items() if str(file.place) in earlier.checked}
+        self._begun = earlier.begun
         self._num_told = 0
         self._to_check: set[FileKey] = set()  # files that are needed whole
         self.unchecked: list[SourceFile] = []
@@ -82,7 +92,7 @@ class HubReader:
             if (model, name) not in needed
         }
         self._to_check = {item.key for item in wanted} - lacking
-        self._prefetch.expect(wanted, self._hashed, max(0, room))
+        self._prefetch.expect(wanted, self._hashed, max(0, room), self._begun)
 
     def _room_for_scratch(self, steps: Sequence[Step]) -> int:
         """Bytes besides what is still to be written, which the disk may not have."""
@@ -156,6 +166,10 @@ class HubReader:
         new = self._prefetch.checked[self._num_told :]
         self._num_told += len(new)
         return [str(file) for file in new]
+
+    def newly_hashed(self) -> list[tuple[str, Begun]]:
+        """How far files were hashed, step by step since this was asked last."""
+        return self._prefetch.newly_hashed()
 
     def stop(self) -> None:
         """Let nobody wait any more."""

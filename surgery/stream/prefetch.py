@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from surgery.checkpoint import SourceFile
 from surgery.checkpoint.remote import Cancelled, Damaged, RemoteFile, fetch
@@ -32,7 +33,7 @@ from surgery.stream.ranges import (
     unknown,
 )
 from surgery.stream.scratch import ScratchFile
-from surgery.stream.whole import WholeFile
+from surgery.stream.whole import NOTHING, Begun, WholeFile
 
 __all__ = ["Prefetch"]
 
@@ -64,6 +65,8 @@ class Prefetch:
         self._scratch: ScratchFile | None = None
         self._scratch_base = 0
         self._wholes: dict[FileKey, WholeFile] = {}
+        self._begun: Mapping[str, Begun] = {}
+        self._newly_hashed: list[tuple[str, Begun]] = []
         self._spare: list[mmap.mmap] = []  # in what the budget leaves
         self._used = 0
         self._stopped = False
@@ -71,11 +74,19 @@ class Prefetch:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
-    def expect(self, wanted: Sequence[Wanted], hashed: frozenset[str], room: int = 0) -> None:
+    def expect(
+        self,
+        wanted: Sequence[Wanted],
+        hashed: frozenset[str],
+        room: int = 0,
+        begun: Mapping[str, Begun] = MappingProxyType({}),
+    ) -> None:
         """What will be read, in order. Of models in `hashed` each file is read whole, if it can be in its order.
 
-        What of a file comes before it is needed may take `room` bytes of scratch.
+        What of a file comes before it is needed may take `room` bytes of scratch. Nothing of what a run before this one
+        has hashed of a file (`begun`) is needed.
         """
+        self._begun = begun
         by_file: dict[FileKey, list[Wanted]] = {key: [] for key in self._remote}
         for item in wanted:
             by_file[item.key].append(item)
@@ -92,10 +103,12 @@ class Prefetch:
         file, header = self._remote[key], self._files[key].header
         pieces, num_late = in_order(items)
         in_memory = self._range_bytes // len(self._remote)
-        is_wanted = is_hashed or is_all(items, header, file.known)
+        begun = self._begun.get(str(file), NOTHING)
+        is_wanted = is_hashed or is_all(items, max(header.num_bytes, begun[0]), header.file_bytes, file.known)
         if is_wanted and num_late <= max(in_memory, room):
-            cover = covering(key, pieces, file.known.gaps(0, header.file_bytes), self._range_bytes)
-            self._wholes[key] = WholeFile(file, cover, is_hashed=is_hashed)
+            stops = sorted({extent.stop for extent in header.tensors.values()})
+            cover = covering(key, pieces, file.known.gaps(begun[0], header.file_bytes), self._range_bytes)
+            self._wholes[key] = WholeFile(file, cover, stops, begun, is_hashed=is_hashed)
         else:
             cover = coalesced(items, self._range_bytes)
         for item in cover:
@@ -233,6 +246,12 @@ class Prefetch:
             raise self._failure
         return whole.sha256
 
+    def newly_hashed(self) -> list[tuple[str, Begun]]:
+        """How far files were hashed, step by step since this was asked last."""
+        with self._changed:
+            new, self._newly_hashed = self._newly_hashed, []
+        return new
+
     def stop(self) -> None:
         """Let nobody wait any more."""
         with self._changed:
@@ -321,6 +340,8 @@ class Prefetch:
         with self._changed:
             whole.is_busy = False
             item.is_hashed = True
+            self._newly_hashed += [(str(whole.file), step) for step in whole.steps]
+            whole.steps = []
             if not whole.next:
                 self._check(whole)
             self._let_go(item)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from surgery.checkpoint.header import Header
 from surgery.checkpoint.known import Known
 
 __all__ = [
@@ -131,9 +130,9 @@ def unknown(items: Iterable[Wanted], known: Known) -> list[Wanted]:
     ]
 
 
-def is_all(items: Iterable[Wanted], header: Header, known: Known) -> bool:
-    """Whether `items` are all that is not known of a file's data."""
-    data = known.gaps(header.num_bytes, header.file_bytes)
+def is_all(items: Iterable[Wanted], start: int, stop: int, known: Known) -> bool:
+    """Whether `items` are all that is not known of the bytes [start, stop) of a file."""
+    data = known.gaps(start, stop)
     return sum(item.stop - item.start for item in items) == sum(stop - start for start, stop in data)
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from surgery.checkpoint import Checkpoint, SourceFile
 from surgery.checkpoint.remote import Damaged, RemoteFile
 from surgery.errors import CheckpointError, Problem
-from surgery.stream.hub import Fetching, HubReader
+from surgery.stream.hub import Earlier, Fetching, HubReader
 from surgery.stream.needs import Name, Step
 from surgery.stream.ranges import FileKey
+from surgery.stream.whole import Begun
 
 __all__ = ["BufferPool", "FileKey", "SourceReader"]
 
@@ -140,9 +141,9 @@ class SourceReader:
         checkpoints: Mapping[str, Checkpoint],
         hashed: Collection[str],
         fetching: Fetching,
-        checked: Collection[str] = (),
+        earlier: Earlier,
     ) -> None:
-        """`hashed`: those of the checkpoints whose files are to be hashed; `checked`: files that need not be again."""
+        """`hashed`: those of the checkpoints whose files are to be hashed; `earlier`: what runs before have seen."""
         self._checkpoints = checkpoints
         self._files: dict[FileKey, _OpenFile] = {}
         remote: dict[FileKey, SourceFile] = {}
@@ -152,7 +153,7 @@ class SourceReader:
                     remote[model, file.name] = file
                 else:
                     self._files[model, file.name] = _open(file)
-        self._hub = HubReader(checkpoints, remote, hashed, fetching, checked) if remote else None
+        self._hub = HubReader(checkpoints, remote, hashed, fetching, earlier) if remote else None
         self._hashes = {key: _Hash(file) for key, file in self._files.items() if key[0] in hashed}
 
     def read_into(self, buffer: Tensor, model: str, name: str, start: int) -> None:
@@ -193,6 +194,10 @@ class SourceReader:
     def newly_checked(self) -> list[str]:
         """Files that were held against what the Hub lists since this was asked last."""
         return self._hub.newly_checked() if self._hub else []
+
+    def newly_hashed(self) -> list[tuple[str, Begun]]:
+        """How far files on the Hub were hashed, step by step since this was asked last."""
+        return self._hub.newly_hashed() if self._hub else []
 
     def expect(self, steps: Sequence[Step], needed: Collection[Name]) -> None:
         """What will be read, in order, so that what is on the Hub can be fetched ahead.

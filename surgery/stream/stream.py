@@ -22,17 +22,19 @@ from surgery.stream.budget import Budget
 from surgery.stream.evaluate import Evaluation
 from surgery.stream.first_pass import FirstPass, Partials, step_of
 from surgery.stream.handover import Chunk, Handover, Item, TensorHashes
-from surgery.stream.hub import Fetching
+from surgery.stream.hub import Earlier, Fetching
 from surgery.stream.intake import Intake, Loaded, Reading
 from surgery.stream.needs import Step
 from surgery.stream.read import BufferPool, FileKey, SourceReader
 from surgery.stream.resources import Resources
+from surgery.stream.whole import Begun
 
 __all__ = ["Chunk", "Stream"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 COPY_BYTES = 1 << 20
+EARLIER = Earlier()
 SMALL_BYTES = 1 << 20  # of the sources of one output: less is not worth a schedule of its own
 
 
@@ -74,11 +76,11 @@ class Stream:
         resources: Resources,
         hashed: Collection[str],
         scratch: Path,
-        checked: Collection[str] = (),
+        earlier: Earlier = EARLIER,
     ) -> None:
         """`checkpoints` are those that are read, `hashed` those of them whose files are hashed on the way.
 
-        `scratch`: where temporary files may lie; `checked`: files on the Hub that a run before this one has hashed.
+        `scratch`: where temporary files may lie; `earlier`: what runs before this one have seen.
         """
         resources = resources.fitted(cost)
         give_back_large_blocks(resources.kept_by_a_thread)
@@ -87,7 +89,7 @@ class Stream:
         self._window = Budget(resources.window(cost))
         pool = BufferPool(self._budget.total)
         fetching = Fetching(resources.prefetch(cost), resources.memory, scratch)
-        self._reader = SourceReader(checkpoints, hashed, fetching, checked)
+        self._reader = SourceReader(checkpoints, hashed, fetching, earlier)
         reserved = cost.largest_whole + cost.passing(resources.tile)
         self._intake = Intake(self._reader, pool, self._budget, reserved)
         self._handover = Handover()
@@ -134,6 +136,10 @@ class Stream:
     def newly_checked(self) -> list[str]:
         """Files that were held against what the Hub lists since this was asked last."""
         return self._reader.newly_checked()
+
+    def newly_hashed(self) -> list[tuple[str, Begun]]:
+        """How far files on the Hub were hashed, step by step since this was asked last."""
+        return self._reader.newly_hashed()
 
     @property
     def unchecked(self) -> Sequence[SourceFile]:

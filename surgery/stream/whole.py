@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from surgery.checkpoint.remote import Digest, RemoteFile
 from surgery.stream.ranges import Range
 
-__all__ = ["WholeFile"]
+__all__ = ["NOTHING", "Begun", "WholeFile"]
+
+Begun = tuple[int, str]
+"""How many bytes of a file are hashed, and the state of the hash."""
+NOTHING: Begun = (0, "")
 
 
 class WholeFile:
     """A file that is hashed: from what was read while planning, and from `ranges`, which cover the rest in order."""
 
-    def __init__(self, file: RemoteFile, ranges: Sequence[Range], *, is_hashed: bool) -> None:
-        """`is_hashed`: whether the sha256 is wanted even where the Hub lists none."""
+    def __init__(
+        self, file: RemoteFile, ranges: Sequence[Range], stops: Sequence[int], begun: Begun, *, is_hashed: bool
+    ) -> None:
+        """`begun`: what a run before this one has hashed; `is_hashed`: whether the sha256 is wanted, listed or not.
+
+        `stops`: where tensors end, in order, at which the hash can be put down.
+        """
         self.file = file
         self.ranges = ranges
         self.is_busy = False
         self._num_hashed = 0
-        self._position = 0  # bytes that are hashed
-        self._digest = Digest(file)
+        self._position, state = begun  # bytes that are hashed
+        self._digest = Digest(file, state)
+        self._stops = stops
+        self.steps: list[Begun] = []  # where it can be gone on from, until somebody takes note of them
         self._sha256 = hashlib.sha256() if is_hashed and not file.sha256 else None
         if not ranges:
             self._hash_known(file.size)
@@ -35,7 +47,12 @@ class WholeFile:
         """Take the next range into account, with what is known around it."""
         assert item.buffer is not None
         self._hash_known(item.start)
-        self._update(memoryview(item.buffer))
+        data = memoryview(item.buffer)
+        first, last = bisect_right(self._stops, item.start), bisect_right(self._stops, item.stop)
+        for stop in (*self._stops[first:last], item.stop):
+            self._update(data[self._position - item.start : stop - item.start])
+            if self._digest.state:
+                self.steps.append((stop, self._digest.state))
         self._num_hashed += 1
         if not self.next:
             self._hash_known(self.file.size)

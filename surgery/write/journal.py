@@ -26,6 +26,7 @@ from surgery.errors import CheckpointError, OutputError, Problem
 from surgery.evidence import FileRecord, TensorRecord
 from surgery.layout import OutputFile, Placed
 from surgery.plan import Plan
+from surgery.stream import Begun
 
 __all__ = ["Done", "Journal", "identify", "verified"]
 
@@ -44,6 +45,7 @@ class Done:
     tensors: dict[str, Records] = field(default_factory=dict[str, Records])
     sha256: dict[str, str] = field(default_factory=dict[str, str])
     checked: set[str] = field(default_factory=set[str])  # files on the Hub that were what it lists
+    hashed: dict[str, list[Begun]] = field(default_factory=dict[str, list[Begun]])  # of others, how far, in order
 
     def file(self, file: OutputFile) -> FileRecord | None:
         """The evidence of a file, if it is finished."""
@@ -114,6 +116,9 @@ class Journal:
         for file, sha256 in done.sha256.items():
             self._add({"file": file, "sha256": sha256})
         self.add_checked(done.checked)
+        for file, states in done.hashed.items():
+            for begun in states:
+                self.add_hashed(file, begun)
         self._write()
         os.fsync(self._fd)
         new.rename(self._path)
@@ -134,6 +139,14 @@ class Journal:
         """Note files on the Hub that were read whole, and are what it lists."""
         if files:
             self._add({"checked": sorted(files)})
+
+    def add_hashed(self, file: str, begun: Begun) -> None:
+        """Note how far a file on the Hub is hashed, as a hash to go on from."""
+        self._add({"hashed": file, "begun": begun})
+
+    def add_damage(self) -> None:
+        """Note that one of these hashes was not what the Hub lists: none of them is gone on from."""
+        self._add({"damaged": True})
 
     def _add(self, entry: Mapping[str, object]) -> None:
         """Lines that come in quick succession are written together."""
@@ -176,6 +189,11 @@ def _take(entry: Mapping[str, object], done: Done) -> None:
         done.tensors.setdefault(str(entry["file"]), {}).update({tensor[0]: TensorRecord(*tensor) for tensor in tensors})
     elif "checked" in entry:
         done.checked.update(cast("list[str]", entry["checked"]))
+    elif "damaged" in entry:
+        done.hashed.clear()
+    elif "hashed" in entry:
+        position, state = cast("tuple[int, str]", entry["begun"])
+        done.hashed.setdefault(str(entry["hashed"]), []).append((position, state))
 
 
 def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
@@ -197,7 +215,7 @@ def _difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
 def verified(noted: Done, files: Sequence[OutputFile], directory: Path, workers: int) -> Done:
     """What of it is in `directory` as it was noted: finished files, and of the others whole evaluations."""
-    done = Done(checked=noted.checked)
+    done = Done(checked=noted.checked, hashed=noted.hashed)
     with ThreadPoolExecutor(workers, "surgery-verify") as executor:
         finished = [file for file in files if noted.file(file)]
         hashes = executor.map(partial(_sha256_of_file, directory), finished)

@@ -9,16 +9,16 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from surgery.checkpoint import ADAPTER_CONFIG
-from surgery.checkpoint.remote import RemoteFile
+from surgery.checkpoint.remote import Damaged
 from surgery.errors import OutputError, Problem
 from surgery.evidence import FileRecord
-from surgery.graph import Node, Source, toposort
 from surgery.layout import OutputFile
 from surgery.manifest import MANIFEST_NAME, Manifest, check_bases, hashed_models, make_manifest
 from surgery.plan import Plan
-from surgery.stream import Resources, Stream
+from surgery.stream import Earlier, Resources, Stream
 from surgery.workplace import Workplace
 from surgery.write.journal import Done, Journal, identify, verified
+from surgery.write.vouched import vouched
 from surgery.write.weights import WeightWriter
 
 __all__ = ["ProgressReport", "write_output"]
@@ -55,11 +55,13 @@ def write_output(
         workplace.open()
         try:
             hashed = hashed_models(plan, hash_sources=hash_sources)
-            done = _done(plan, workplace, journal, hashed, resources.workers, resume=resume)
+            done, earlier = _done(plan, workplace, journal, hashed, resources.workers, resume=resume)
             try:
-                manifest = _fill(plan, workplace, resources, hashed, done, journal, report)
+                manifest = _fill(plan, workplace, resources, hashed, done, earlier, journal, report)
                 workplace.publish()
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, Damaged):
+                    journal.add_damage()
                 if not journal.has_entries:
                     workplace.remove()
                 raise
@@ -77,8 +79,8 @@ def write_output(
 
 def _done(
     plan: Plan, workplace: Workplace, journal: Journal, hashed: Collection[str], workers: int, *, resume: bool
-) -> Done:
-    """What an earlier run of the same plan has written."""
+) -> tuple[Done, Earlier]:
+    """What earlier runs of the same plan have written, and what they have seen of files on the Hub."""
     files = plan.layout.files
     noted = Done()
     if os.path.lexists(workplace.journal):
@@ -88,41 +90,10 @@ def _done(
             if resume:
                 raise
             _log.warning("note: begins anew: %s %s", error.problems[0].at, error.problems[0].what)
-    noted = _vouched(noted, plan, hashed)
     workplace.keep([file.name for file in files if file.name in noted.tensors])
-    done = verified(noted, files, workplace.output, workers)
+    done, earlier = vouched(verified(noted, files, workplace.output, workers), plan, hashed)
     journal.start(done)
-    return done
-
-
-def _vouched(noted: Done, plan: Plan, hashed: Collection[str]) -> Done:
-    """What was not made of files on the Hub that are to be held against their hashes, and were not before the kill."""
-    if not noted.tensors:
-        return noted
-    made_of = {placed.name: _sources(placed.node) for file in plan.layout.files for placed in file.tensors}
-    needed = {source for sources in made_of.values() for source in sources}
-    unchecked = {
-        name
-        for model in plan.streamed
-        for file in plan.checkpoints[model].files
-        if isinstance(file.place, RemoteFile) and str(file.place) not in noted.checked
-        for name in [(model, tensor) for tensor in file.header.tensors]
-        if model in hashed or all((model, tensor) in needed for tensor in file.header.tensors)
-    }
-    if not unchecked:
-        return noted
-    kept = Done(checked=noted.checked)
-    for file, records in noted.tensors.items():
-        there = {name: record for name, record in records.items() if not unchecked & made_of.get(name, set())}
-        kept.tensors[file] = there
-        if file in noted.sha256 and len(there) == len(records):
-            kept.sha256[file] = noted.sha256[file]
-    return kept
-
-
-def _sources(node: Node) -> set[tuple[str, str]]:
-    """The tensors that it is made of, with their models."""
-    return {(item.kernel.model, item.kernel.name) for item in toposort([node]) if isinstance(item.kernel, Source)}
+    return done, earlier
 
 
 def _fill(
@@ -131,13 +102,14 @@ def _fill(
     resources: Resources,
     hashed: Collection[str],
     done: Done,
+    earlier: Earlier,
     journal: Journal,
     report: ProgressReport,
 ) -> Manifest:
     for file in plan.layout.files:
         (workplace.output / file.name).parent.mkdir(parents=True, exist_ok=True)
     checkpoints = {name: plan.checkpoints[name] for name in plan.streamed}
-    stream = Stream(checkpoints, plan.cost, resources, hashed, workplace.path, done.checked)
+    stream = Stream(checkpoints, plan.cost, resources, hashed, workplace.path, earlier)
     try:
         weights = _write_weights(plan, workplace.output, stream, done, journal, report)
         source_hashes = stream.source_hashes()
@@ -181,6 +153,8 @@ def _write_weights(
             if written:
                 journal.add_tensors(chunk.file.name, written)
                 journal.add_checked(stream.newly_checked())
+                for file, begun in stream.newly_hashed():
+                    journal.add_hashed(file, begun)
             progress.add(len(chunk.data))
         if writer:
             finish(writer)

@@ -77,6 +77,11 @@ def left_beside(out: Path) -> list[str]:
 # Runs that are stopped
 
 
+def heed_ctrl_c() -> None:
+    """What runs in the background of a shell without jobs ignores it, and all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """`surgery apply` in a process of its own."""
 
@@ -85,7 +90,9 @@ class Run:
         spec.write_text(json.dumps({"version": 1, "source": str(source), **SPEC}))
         command = [sys.executable, "-m", "surgery", "apply", str(spec), "-o", str(out), *options]
         self.out = out
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+        )
 
     def wait_for(self, num_shards: int) -> None:
         """Until so many shards have been begun."""
@@ -158,7 +165,9 @@ def test_a_run_stops_at_once_in_the_middle_of_a_long_decomposition(number: int, 
     spec = {"version": 1, "source": str(base), "models": {"tuned": str(tuned)}, "edits": [extract]}
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "surgery", "apply", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    ) as process:
         end = time.monotonic() + PATIENCE
         while not (partial(tmp_path / "out") / "output").exists():
             assert process.poll() is None and time.monotonic() < end
@@ -177,7 +186,9 @@ def test_a_second_making_that_is_stopped_leaves_nothing(number: int, source: Pat
     surgery.apply(plan_of(source), tmp_path / "out")
     options = ["--reproduce", "--source", str(source)]
     command = [sys.executable, "-m", "surgery", "verify", str(tmp_path / "out"), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    ) as process:
         end = time.monotonic() + PATIENCE
         while not list(tmp_path.glob(".out.reproduce-*/.out.surgery-partial/output/*")):
             assert process.poll() is None and time.monotonic() < end

@@ -51,8 +51,8 @@ class WholeFile:
         first, last = bisect_right(self._stops, item.start), bisect_right(self._stops, item.stop)
         for stop in (*self._stops[first:last], item.stop):
             self._update(data[self._position - item.start : stop - item.start])
-            if self._digest.state:
-                self.steps.append((stop, self._digest.state))
+            if state := self._digest.state:
+                self.steps.append((stop, state))
         self._num_hashed += 1
         if not self.next:
             self._hash_known(self.file.size)
